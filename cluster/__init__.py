@@ -1,0 +1,1 @@
+"""Processes: CLI, launch, Ray actor pools, DeepSpeed learner ranks, weights, checkpoints, tracking."""

@@ -1,0 +1,168 @@
+"""The DeepSpeed engine of one learner rank; the only file that imports deepspeed.
+
+Gradients are fp32 at every stage (reduced precision is the policy's autocast), so trained weights
+have one fp32 truth: the module's at stages 0-2, the partitions at stage 3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.engine import MOMENTS, ObjectiveModule, adamw
+from recipes.schema import LearnerConfig, OptimizerConfig
+from rl.batches import FlowBatch
+from rl.surrogate import Table
+
+
+def join_group(rank: int, ranks: int, address: str, port: int, gpu: bool) -> None:
+    """Join the process group; the environment must be set before deepspeed is imported."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Its shared-memory all-reduce compiles for half a minute at start-up, and a compile that was
+    # killed leaves a lock on which every later start hangs; gloo does the work.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+
+
+class DeepSpeedEngine:
+    """ZeRO 0-3 around an objective. See ``cluster.engine.Engine``."""
+
+    def __init__(
+        self, module: ObjectiveModule, optimizer: OptimizerConfig, learner: LearnerConfig
+    ) -> None:
+        import deepspeed
+
+        self.stage, self.ranks = learner.zero_stage, learner.ranks
+        self.names = [n for n, p in module.network.named_parameters() if p.requires_grad]
+        trained = [p for p in module.network.parameters() if p.requires_grad]
+        self.engine: Any
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(trained, optimizer),
+            config={
+                "train_micro_batch_size_per_gpu": learner.micro_batch,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": optimizer.clip_norm,
+                "zero_optimization": {"stage": learner.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+        self.parameters = {
+            n: p for n, p in self.engine.module.network.named_parameters() if n in set(self.names)
+        }
+
+    def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:
+        """See ``Engine``."""
+        return self.engine(batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See ``Engine``. DeepSpeed averages over ranks, hence the factor."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.ranks)
+
+    def step(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def weights(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        if self.stage < 3:
+            return {name: p.detach() for name, p in self.parameters.items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        return {
+            f"{name}.{key}": value
+            for name, p in self.parameters.items()
+            for key in MOMENTS
+            if (value := self._moment(p, key)) is not None
+        }
+
+    def _moment(self, parameter: Any, key: str) -> Tensor | None:
+        if self.stage == 0:
+            return self._base_optimizer().state.get(parameter, {}).get(key)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self._base_optimizer().state:
+            return None
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.engine.optimizer
+        return optimizer if self.stage == 0 else optimizer.optimizer
+
+    @torch.no_grad()
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int
+    ) -> None:
+        """See ``Engine``. Sets the fp32 partitions *and* the module: the forward uses the latter."""
+        if moments and self.stage > 0:
+            self._create_state()
+        for name, parameter in self.parameters.items():
+            self._set_weight(parameter, weights[name])
+            for key in MOMENTS if moments else ():
+                self._set_moment(parameter, key, moments[f"{name}.{key}"])
+        if moments:
+            for state in self._base_optimizer().state.values():
+                state["step"] = torch.tensor(float(steps))
+
+    def _create_state(self) -> None:
+        """One step with zero gradients: AdamW's state exists only after a step. All is overwritten."""
+        with torch.enable_grad():
+            if self.stage == 3:
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
+                    zero = sum((p * 0).sum() for p in self.parameters.values())
+            else:
+                zero = sum((p * 0).sum() for p in self.parameters.values())
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(zero)
+        self.engine.step()
+
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
+        value = value.to(parameter.device, torch.float32)
+        if self.stage == 0:
+            parameter.copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+        if self.stage < 3:
+            parameter.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+    def _set_moment(self, parameter: Any, key: str, value: Tensor) -> None:
+        if self.stage == 0:
+            state = self._base_optimizer().state[parameter]
+            state[key] = value.clone().to(parameter)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)

@@ -1,0 +1,194 @@
+"""DeepSpeed learner ranks as Ray actors behind one class.
+
+Ranks are never restarted singly: their collective state is only valid together. When one is lost
+the group is; the launcher builds a new one from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster.jobs import place_transitions
+from cluster.logs import log_to
+from cluster.rank import LearnerRank
+from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
+from cluster.weights import Weights
+from recipes.schema import Recipe
+from rl.batches import Item, micro_steps, share
+from rl.contracts import Update
+
+
+class LearnerLost(RuntimeError):
+    """A rank's process is gone, and with it the group."""
+
+
+class RankActor:
+    """A learner rank in its own process."""
+
+    def __init__(self, log: str) -> None:
+        log_to(log)
+        self.rank: LearnerRank
+
+    def address(self) -> tuple[str, int]:
+        """Where ranks can meet: this node and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, recipe_json: str, rank: int, address: tuple[str, int]) -> int:
+        """Join the group and build the engine; returns the process id."""
+        from cluster.deepspeed_engine import join_group
+
+        recipe = Recipe.model_validate_json(recipe_json)
+        gpu = recipe.learner.gpus > 0
+        join_group(rank, recipe.learner.ranks, *address, gpu=gpu)
+        threads = max(int(recipe.learner.cpus), 1)
+        device = "cuda" if gpu else "cpu"
+        self.rank = LearnerRank(recipe_json, rank, device, threads, "deepspeed")
+        return os.getpid()
+
+    def update(self, *arguments: Any) -> Update:
+        """See ``LearnerRank.update``."""
+        return self.rank.update(*arguments)
+
+    def replay(self, *arguments: Any) -> dict[str, Any]:
+        """See ``LearnerRank.replay``."""
+        return self.rank.replay(*arguments)
+
+    def publish(self, version: int, averaged: bool) -> tuple[Weights | None, Any]:
+        """See ``LearnerRank.publish``."""
+        return self.rank.publish(version, averaged)
+
+    def save(self, directory: Path) -> None:
+        """See ``LearnerRank.save``."""
+        self.rank.save(directory)
+
+    def restore(self, directory: Path) -> None:
+        """See ``LearnerRank.restore``."""
+        self.rank.restore(directory)
+
+
+class RayLearner:
+    """See ``rl.contracts.Learner``."""
+
+    def __init__(self, recipe: Recipe, placement: Placement, log_dir: str) -> None:
+        self.recipe = recipe
+        learner, colocated = recipe.learner, recipe.cluster.colocated
+        actor = ray.remote(RankActor)
+        self.ranks = [
+            actor.options(
+                **actor_options(
+                    placement,
+                    bundle,
+                    share_of(learner.cpus, colocated),
+                    share_of(learner.gpus, colocated),
+                ),
+                name=f"{recipe.name}-learner-{index}",
+                max_restarts=0,
+            ).remote(f"{log_dir}/learner-{index}.log")
+            for index, bundle in enumerate(placement.ranks)
+        ]
+
+    def start(self) -> list[int]:
+        """Build all ranks; returns their process ids."""
+        timeout = self.recipe.cluster.start_timeout
+        (address,) = self._get([self.ranks[0].address.remote()], timeout)
+        recipe = self.recipe.model_dump_json()
+        calls = [rank.start.remote(recipe, i, address) for i, rank in enumerate(self.ranks)]
+        return self._get(calls, timeout)
+
+    def update(self, steps: Sequence[Sequence[Item]]) -> Update:
+        """See ``rl.contracts.Learner``."""
+        size = self.recipe.learner.micro_batch
+        shares = [share(items, len(self.ranks)) for items in steps]
+        counts = [micro_steps(parts, size) for parts in shares]
+        calls: list[Any] = []
+        for index, rank in enumerate(self.ranks):
+            placed, transitions = place_transitions([parts[index] for parts in shares])
+            calls.append(rank.update.remote(placed, counts, *transitions))
+        parts: list[Update] = self._get(calls, self.recipe.cluster.job_timeout)
+        return Update(
+            table=_join([part.table for part in parts]),
+            grad_norms=parts[0].grad_norms,
+            forwards=sum(part.forwards for part in parts),
+            backwards=sum(part.backwards for part in parts),
+            seconds=tuple(second for part in parts for second in part.seconds),
+        )
+
+    def replay(self, items: Sequence[Item]) -> Mapping[str, Any]:
+        """See ``rl.contracts.Learner``."""
+        shares = share(items, len(self.ranks))
+        count = micro_steps(shares, self.recipe.learner.micro_batch)
+        calls: list[Any] = []
+        for rank, part in zip(self.ranks, shares, strict=True):
+            (placed,), transitions = place_transitions([part])
+            calls.append(rank.replay.remote(placed, count, *transitions))
+        return _join(self._get(calls, self.recipe.cluster.job_timeout))
+
+    def publish(self, version: int, averaged: bool = False) -> Weights:
+        """See ``rl.contracts.Learner``. The blob stays in the object store; the driver owns it."""
+        calls = [
+            rank.publish.options(num_returns=2).remote(version, averaged) for rank in self.ranks
+        ]
+        heads = self._get([head for head, _ in calls], self.recipe.cluster.job_timeout)
+        head: Weights = heads[0]
+        return Weights(head.version, head.checksum, calls[0][1])
+
+    def save(self, directory: Path) -> None:
+        """All ranks take part, rank 0 writes."""
+        calls = [rank.save.remote(directory) for rank in self.ranks]
+        self._get(calls, self.recipe.cluster.job_timeout)
+
+    def restore(self, directory: Path) -> None:
+        """Continue from a saved state, of any number of ranks."""
+        calls = [rank.restore.remote(directory) for rank in self.ranks]
+        self._get(calls, self.recipe.cluster.job_timeout)
+
+    def stop(self) -> None:
+        """End all ranks' processes."""
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    def _get(self, calls: list[Any], timeout: float) -> list[Any]:
+        """Answers of all ranks.
+
+        Raises:
+            LearnerLost: a process is gone, or its peers noticed that it is.
+            ClusterError: the deadline passed; the ranks are ended.
+        """
+        try:
+            return ray.get(calls, timeout=timeout)
+        except TIMEOUT as error:
+            self.stop()
+            raise ClusterError(f"learner ranks gave no answer within {timeout:g} s") from error
+        except LOST as error:
+            raise LearnerLost(str(error)) from error
+        except RayTaskError as error:
+            # A collective fails on the survivors first: then the cause is the lost peer.
+            if _any_lost(self.ranks):
+                raise LearnerLost("a learner rank died") from error
+            raise
+
+
+def _any_lost(ranks: Sequence[Any]) -> bool:
+    try:
+        ray.get([rank.address.remote() for rank in ranks], timeout=10)
+    except (TIMEOUT, *LOST):
+        return True
+    return False
+
+
+def _join(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Columns of all ranks; a rank without branches has empty ones."""
+    return {
+        key: np.concatenate([table[key] for table in tables if key in table])
+        for key in tables[0]
+    }

@@ -1,0 +1,124 @@
+"""The whole platform in one process: the same workers, rank and loop, without Ray.
+
+This is how most tests run, and what the Ray pools must agree with number for number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.jobs import (
+    chunk_columns,
+    chunked,
+    collect,
+    partition,
+    place_transitions,
+    reward_name,
+    sampled,
+)
+from cluster.rank import LearnerRank
+from cluster.weights import Weights
+from cluster.workers import Failed, RewardWorker, RolloutWorker
+from recipes.schema import Recipe
+from rewards.calling import Scores
+from rl.batches import Item, micro_steps
+from rl.contracts import Metrics, Sampled, Scored, Update
+from rollout.draws import Group
+from rollout.flow import FlowPlan
+
+
+class LocalRolloutPool:
+    """One rollout worker in this process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.batch_size = recipe.rollout.batch_size
+        self.worker = RolloutWorker(recipe.model_dump_json(), "cpu", torch.get_num_threads())
+
+    def load(self, weights: Weights) -> None:
+        """See ``rl.contracts.RolloutPool``."""
+        self.worker.load(weights.data, weights.version, weights.checksum)
+
+    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> Iterator[Sampled]:
+        """See ``rl.contracts.RolloutPool``."""
+        for number, job in enumerate(partition(groups, self.batch_size)):
+            records, *parts = self.worker.generate(groups[job], plans[job])
+            if isinstance(records, Failed):
+                raise RuntimeError(records.message)
+            yield from sampled(number, groups[job], records, parts)
+
+
+class LocalScorer:
+    """Every reward in this process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        threads = torch.get_num_threads()
+        self.seconds = 0.0
+        self.training = [RewardWorker(config, threads) for config in recipe.rewards]
+        self.held_out = [RewardWorker(config, threads) for config in recipe.evaluation.rewards]
+
+    def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
+        """See ``rl.contracts.Scorer``."""
+        workers = [*self.training, *(self.held_out if held_out else [])]
+        chunks = list(chunked(samples))
+        scores: dict[str, list[Scores]] = {}
+        for worker in workers:
+            parts = scores.setdefault(reward_name(worker.config), [])
+            for chunk in chunks:
+                prompts, columns = chunk_columns(chunk)
+                answer, seconds = worker.score(prompts, columns, *[s.media for s in chunk])
+                parts.append(answer)
+                self.seconds += seconds
+        return collect(chunks, scores, [w.config for w in workers])
+
+    def take_seconds(self) -> float:
+        """See ``rl.contracts.Scorer``."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def describe(self, samples: Sequence[Sampled]) -> Metrics:
+        """See ``rl.contracts.Scorer``."""
+        prompts, columns = chunk_columns(samples)
+        media = [s.media for s in samples]
+        return {
+            f"{reward_name(worker.config)}/{key}": value
+            for worker in [*self.training, *self.held_out]
+            for key, value in worker.describe(prompts, columns, *media).items()
+        }
+
+
+class LocalLearner:
+    """One learner rank in this process, on the plain PyTorch engine."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        threads = torch.get_num_threads()
+        self.rank = LearnerRank(recipe.model_dump_json(), 0, "cpu", threads, "torch")
+        self.micro_batch = recipe.learner.micro_batch
+
+    def update(self, steps: Sequence[Sequence[Item]]) -> Update:
+        """See ``rl.contracts.Learner``."""
+        placed, transitions = place_transitions(steps)
+        counts = [micro_steps([items], self.micro_batch) for items in steps]
+        return self.rank.update(placed, counts, *transitions)
+
+    def replay(self, items: Sequence[Item]) -> dict[str, Any]:
+        """See ``rl.contracts.Learner``."""
+        (placed,), transitions = place_transitions([items])
+        return self.rank.replay(placed, micro_steps([items], self.micro_batch), *transitions)
+
+    def publish(self, version: int, averaged: bool = False) -> Weights:
+        """See ``rl.contracts.Learner``."""
+        head, data = self.rank.publish(version, averaged)
+        assert head is not None
+        return Weights(head.version, head.checksum, data)
+
+    def save(self, directory: Path) -> None:
+        """Write the rank's state."""
+        self.rank.save(directory)
+
+    def restore(self, directory: Path) -> None:
+        """Continue from a saved state."""
+        self.rank.restore(directory)

@@ -1,0 +1,186 @@
+"""Reward models as Ray actors: replicas, deadlines, bounded retries, and poison found by name.
+
+Reward workers hold no state, so Ray itself restarts them and repeats a call that lost its process.
+A chunk that kills the process every time is taken apart until the sample that does it is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import ray
+
+from cluster.jobs import chunk_columns, chunked, collect, reward_name
+from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
+from cluster.workers import RewardWorker
+from recipes.schema import Recipe
+from rewards.calling import Failure, Scores
+from rewards.catalogue import RewardConfig
+from rl.contracts import Metrics, Sampled, Scored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Served:
+    """One reward with its replicas."""
+
+    config: RewardConfig
+    replicas: list[Any]
+    calls: int = 0
+
+    def next(self) -> Any:
+        """A replica, in turn."""
+        self.calls += 1
+        return self.replicas[self.calls % len(self.replicas)]
+
+
+@dataclass(frozen=True)
+class _Call:
+    served: _Served
+    replica: Any
+    answer: Any
+
+
+class RayScorer:
+    """See ``rl.contracts.Scorer``."""
+
+    def __init__(self, recipe: Recipe, log_dir: str) -> None:
+        self.training = [self._serve(recipe, config, log_dir) for config in recipe.rewards]
+        self.held_out = [
+            self._serve(recipe, config, log_dir) for config in recipe.evaluation.rewards
+        ]
+        self.start_timeout = recipe.cluster.start_timeout
+        self.seconds = 0.0
+
+    def _serve(self, recipe: Recipe, config: RewardConfig, log_dir: str) -> _Served:
+        name = reward_name(config)
+        actor = ray.remote(RewardWorker)
+        cpu_only = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        replicas = [
+            actor.options(
+                num_cpus=config.cpus,
+                num_gpus=config.gpus,
+                name=f"{recipe.name}-reward-{name}-{index}",
+                max_restarts=-1,
+                max_task_retries=config.retries,
+                runtime_env=None if config.gpus else cpu_only,
+            ).remote(config, max(int(config.cpus), 1), f"{log_dir}/reward-{name}-{index}.log")
+            for index in range(config.replicas)
+        ]
+        return _Served(config, replicas)
+
+    def start(self) -> list[int]:
+        """Wait until every replica answers; returns their process ids.
+
+        Raises:
+            ClusterError: a reward that cannot be built, with its own error.
+        """
+        served = [*self.training, *self.held_out]
+        pids: list[int] = []
+        for one in served:
+            for replica in one.replicas:
+                try:
+                    pids.append(ray.get(replica.health.remote(), timeout=self.start_timeout))
+                except (TIMEOUT, *LOST) as error:
+                    name = reward_name(one.config)
+                    raise ClusterError(f"reward {name!r} did not start: {error}") from error
+        return pids
+
+    def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
+        """See ``rl.contracts.Scorer``. Calls go out as samples come in."""
+        served = [*self.training, *(self.held_out if held_out else [])]
+        chunks: list[list[Sampled]] = []
+        calls: list[list[_Call]] = []
+        for chunk in chunked(samples):
+            chunks.append(chunk)
+            calls.append([self._submit(one, chunk) for one in served])
+        scores: dict[str, list[Scores]] = {reward_name(one.config): [] for one in served}
+        for chunk, row in zip(chunks, calls, strict=True):
+            for call in row:
+                scores[reward_name(call.served.config)].append(self._receive(call, chunk))
+        return collect(chunks, scores, [one.config for one in served])
+
+    def describe(self, samples: Sequence[Sampled]) -> Metrics:
+        """See ``rl.contracts.Scorer``."""
+        prompts, columns = chunk_columns(samples)
+        media = [sample.media for sample in samples]
+        answers = [
+            (one, one.next().describe.remote(prompts, columns, *media))
+            for one in [*self.training, *self.held_out]
+        ]
+        return {
+            f"{reward_name(one.config)}/{key}": value
+            for one, answer in answers
+            for key, value in ray.get(answer, timeout=one.config.deadline).items()
+        }
+
+    def take_seconds(self) -> float:
+        """See ``rl.contracts.Scorer``."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def _submit(self, served: _Served, chunk: Sequence[Sampled]) -> _Call:
+        prompts, columns = chunk_columns(chunk)
+        replica = served.next()
+        answer = replica.score.remote(prompts, columns, *[sample.media for sample in chunk])
+        return _Call(served, replica, answer)
+
+    def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
+        config = call.served.config
+        reason: Literal["deadline", "worker_died"] = "deadline"
+        for attempt in range(config.retries + 1):
+            try:
+                scores, seconds = ray.get(call.answer, timeout=config.deadline)
+                self.seconds += seconds
+                return scores
+            except TIMEOUT:
+                reason = "deadline"
+                ray.kill(call.replica, no_restart=False)
+            except LOST:
+                reason = "worker_died"  # Ray has repeated the call already
+                break
+            logger.warning("reward %s: attempt %d: %s", reward_name(config), attempt + 1, reason)
+            call = self._submit(call.served, chunk)
+        if sum(sample.group.size for sample in chunk) == 1:
+            return _failed(config, chunk[0], reason)
+        logger.warning("reward %s: a chunk fails (%s); taken apart", reward_name(config), reason)
+        parts = [self._receive(self._submit(call.served, [one]), [one]) for one in _singles(chunk)]
+        return _joined(parts)
+
+
+def _failed(
+    config: RewardConfig, sample: Sampled, reason: Literal["deadline", "worker_died"]
+) -> Scores:
+    name, prompt = reward_name(config), sample.group.prompt
+    messages = {
+        "deadline": f"no answer within {config.deadline:g} s",
+        "worker_died": "its process died every time it was given this sample",
+    }
+    failure = Failure(name, prompt, 0, reason, messages[reason])
+    return Scores(np.full(1, np.nan), (failure,), 0)
+
+
+def _singles(chunk: Sequence[Sampled]) -> list[Sampled]:
+    """Each sample of a chunk as a group of one, its media cut out here (the rare path)."""
+    singles: list[Sampled] = []
+    for sample in chunk:
+        media = ray.get(sample.media) if isinstance(sample.media, ray.ObjectRef) else sample.media
+        for index in range(sample.group.size):
+            group = replace(sample.group, size=1)
+            singles.append(replace(sample, group=group, media=media[index : index + 1]))
+    return singles
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    failures = [
+        replace(failure, index=index)
+        for index, part in enumerate(parts)
+        for failure in part.failures
+    ]
+    values = np.concatenate([part.values for part in parts])
+    return Scores(values, tuple(failures), sum(part.not_scored for part in parts))

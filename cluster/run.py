@@ -1,0 +1,213 @@
+"""A run directory: what was asked, what came out, and all that is needed to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import signal
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cluster import checkpoints
+from cluster.checkpoints import Checkpoint
+from cluster.plots import sample_grid
+from cluster.progress import Progress
+from cluster.tracking import MetricsFile, Tracker
+from recipes.schema import Recipe
+from rl.contracts import Metrics, Scored
+from rollout.draws import Prompt
+
+logger = logging.getLogger(__name__)
+
+GRID_SAMPLES = 40
+PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "rectify")
+
+
+class RunDirectory:
+    """Implements ``rl.contracts.Run`` on disk.
+
+    Attributes:
+        path: the run directory. ``attempt``: how many processes have worked on it.
+        costs: totals since step 0, kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        trackers: Sequence[Tracker],
+        progress: Progress,
+        fetch: Callable[[Any], np.ndarray],
+    ) -> None:
+        self.recipe, self.path = recipe, path
+        self.trackers, self.progress, self.fetch = trackers, progress, fetch
+        self.metrics = MetricsFile(path / "metrics.jsonl")
+        self.costs: Metrics = {}
+        self.best: tuple[float, int] | None = None
+        self.save: Callable[[Path], None] | None = None
+        self.last_saved = -1
+        self._stop = False
+
+    def resume_from(self, checkpoint: Checkpoint | None) -> None:
+        """Forget what came after ``checkpoint`` (all, when there is none)."""
+        state = checkpoint.state if checkpoint else {}
+        self.metrics.truncate(checkpoint.step if checkpoint else -1)
+        self.costs = dict(state.get("costs", {}))
+        self.best = tuple(state["best"]) if state.get("best") else None
+        self.last_saved = checkpoint.step if checkpoint else -1
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """See ``rl.contracts.Run``."""
+        metrics = metrics | self._idle(metrics)
+        self._add_costs(metrics)
+        metrics |= {f"cost/{name}": total for name, total in self.costs.items()}
+        self._write("train", step, metrics)
+        self.progress.step(step, metrics)
+
+    def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
+        """See ``rl.contracts.Run``."""
+        self._add_costs(metrics)
+        self._write("evaluation", step, metrics)
+        document = {
+            "step": step,
+            "metrics": metrics,
+            "samples": [
+                {
+                    "prompt_id": group.sample.group.prompt_id,
+                    "prompt": group.sample.group.prompt,
+                    "seed": group.sample.group.seed,
+                    "scores": {
+                        name: [v if np.isfinite(v) else None for v in scores.values.tolist()]
+                        for name, scores in group.scores.items()
+                    },
+                }
+                for group in scored
+            ],
+        }
+        target = self.path / "evaluation" / f"step_{step:06d}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(document))
+        media = np.concatenate([self.fetch(g.sample.media) for g in scored[:GRID_SAMPLES]])
+        grid = self.path / "samples" / f"step_{step:06d}" / "grid.png"
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        grid.write_bytes(sample_grid(media))
+        self._note_best(step, metrics)
+        self.progress.evaluation(step, metrics)
+
+    def checkpoint(self, step: int) -> None:
+        """See ``rl.contracts.Run``."""
+        if step == self.last_saved:
+            return
+        assert self.save is not None
+        started = time.perf_counter()
+        root = self.path / "checkpoints"
+        checkpoints.write(root, step, self.save, {"costs": self.costs, "best": self.best})
+        checkpoints.prune(root, self.recipe.checkpoints.keep_last, self.best and self.best[1])
+        self.last_saved = step
+        self.metrics.sync()
+        logger.info("checkpoint of step %d in %.2f s", step, time.perf_counter() - started)
+
+    def interrupted(self) -> bool:
+        """See ``rl.contracts.Run``."""
+        return self._stop
+
+    def stop_on_signals(self) -> None:
+        """The first SIGINT or SIGTERM ends the run after its step, a second one at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self.progress.message("stopping after this step; once more to stop at once")
+
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+
+    def close(self) -> None:
+        """End the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _write(self, kind: str, step: int, metrics: Metrics) -> None:
+        self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def _idle(self, metrics: Metrics) -> Metrics:
+        """Share of the step in which an actor of a kind had nothing to do."""
+        actors = {
+            "rollout": self.recipe.workers.count,
+            "learner": self.recipe.learner.ranks,
+            "reward": sum(config.replicas for config in self.recipe.rewards),
+        }
+        wall = metrics["time/step"]
+        return {
+            f"idle/{kind}": max(0.0, 1 - metrics.get(f"busy/{kind}", 0.0) / (wall * count))
+            for kind, count in actors.items()
+        }
+
+    def _add_costs(self, metrics: Metrics) -> None:
+        """Totals from the increments of a step or an evaluation."""
+        workers, learner = self.recipe.workers, self.recipe.learner
+        seconds = metrics.get("time/step", 0.0)
+        gpus = workers.count * workers.gpus + learner.ranks * learner.gpus
+        increments = {
+            "nfe": metrics.pop("work/rollout_forwards", 0.0),
+            "learner_forwards": metrics.pop("work/learner_forwards", 0.0),
+            "backwards": metrics.pop("work/backwards", 0.0),
+            "evaluation_nfe": metrics.pop("work/evaluation_forwards", 0.0),
+            "seconds": seconds,
+            "actor_seconds": sum(metrics.get(f"busy/{k}", 0.0) for k in ("rollout", "learner")),
+            "gpu_seconds": seconds * gpus,
+        }
+        for name, value in increments.items():
+            self.costs[name] = self.costs.get(name, 0.0) + value
+        self.costs["forwards"] = self.costs["nfe"] + self.costs["learner_forwards"]
+
+    def _note_best(self, step: int, metrics: Metrics) -> None:
+        wanted = self.recipe.checkpoints.keep_best
+        if wanted is not None and wanted in metrics:
+            value = metrics[wanted]
+            if self.best is None or value > self.best[0]:
+                self.best = (value, step)
+
+
+def new_directory(recipe: Recipe) -> Path:
+    """A directory of its own for a new run: ``name``, or ``name-2`` ... where that is taken."""
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"-{number}"
+        path = recipe.run_dir / f"{recipe.name}{suffix}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return path
+
+
+def describe(path: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Write what the run is: resolved recipe, data digest, versions."""
+    document = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (path / "recipe.yaml").write_text(document)
+    (path / "data.sha256").write_text(data_digest(prompts) + "\n")
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        versions[name] = metadata.version(name)
+    (path / "versions.json").write_text(json.dumps(versions, indent=1))
+
+
+def data_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 over the prompts with their ids and columns."""
+    rows = [[p.id, p.text, p.columns] for p in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,148 @@
+"""What a rollout worker and a reward worker do; plain classes that a Ray actor or a test holds."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cluster.logs import log_to
+from cluster.weights import Weights, bind
+from recipes.schema import Recipe
+from rewards.calling import Scores, call_reward
+from rewards.catalogue import RewardConfig
+from rewards.contract import SetMetric
+from rollout.draws import Group
+from rollout.flow import FlowPlan
+from rollout.flow_sampler import FlowRollout, FlowSampler
+
+
+@dataclass(frozen=True)
+class Health:
+    """Which process answers: a new ``boot`` means a restarted one, with no weights."""
+
+    boot: str
+    pid: int
+    version: int | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The small part of a sampled group, which the driver opens.
+
+    ``problem`` is set for a group that its own data made impossible; the other parts are then empty.
+    """
+
+    nodes: int = 0
+    branches: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    version: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that did not run, classified where it happened (types don't survive the crossing)."""
+
+    kind: Literal["infrastructure", "data"]
+    message: str
+
+
+class RolloutWorker:
+    """Holds a policy and samples groups."""
+
+    def __init__(self, recipe_json: str, device: str, threads: int, log: str | None = None) -> None:
+        log_to(log)
+        torch.set_num_threads(threads)
+        self.boot = uuid.uuid4().hex
+        self.version: int | None = None
+        recipe = Recipe.model_validate_json(recipe_json)
+        self.policy = recipe.policy.build(device, seed=recipe.seed)
+        self.sampler = FlowSampler(recipe.rollout, self.policy)
+
+    def health(self) -> Health:
+        """Answers while a job runs."""
+        return Health(self.boot, os.getpid(), self.version)
+
+    def load(self, data: np.ndarray, version: int, checksum: str) -> int:
+        """Take published weights; returns the number of bound parameters once proved."""
+        bound = bind(self.policy.trainable(), Weights(version, checksum, data))
+        self.version = version
+        return bound
+
+    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> list[Any]:
+        """``[records, transitions, media, transitions, media, ...]``, a pair for each group."""
+        started = time.perf_counter()
+        try:
+            rollouts: list[FlowRollout | str] = list(self.sampler.sample(groups, plans))
+        except ValueError:
+            rollouts = [self._single(g, p) for g, p in zip(groups, plans, strict=True)]
+        except (RuntimeError, OSError, MemoryError):
+            failed = Failed("infrastructure", traceback.format_exc())
+            return [failed, *[None] * (2 * len(groups))]
+        seconds = (time.perf_counter() - started) / len(groups)
+        records = [self._record(rollout, seconds) for rollout in rollouts]
+        parts: list[Any] = []
+        for rollout in rollouts:
+            parts += (
+                [None, None] if isinstance(rollout, str) else [rollout.transitions, rollout.media]
+            )
+        return [records, *parts]
+
+    def _single(self, group: Group, plan: FlowPlan) -> FlowRollout | str:
+        try:
+            return self.sampler.sample([group], [plan])[0]
+        except ValueError as error:
+            return f"prompt {group.prompt_id!r}: {error}"
+
+    def _record(self, rollout: FlowRollout | str, seconds: float) -> Record:
+        if isinstance(rollout, str):
+            return Record(problem=rollout)
+        transitions = rollout.transitions
+        return Record(
+            nodes=len(transitions.x),
+            branches=len(transitions.x_next) // rollout.group.size,
+            forwards=rollout.forwards,
+            seconds=seconds,
+            version=self.version or 0,
+        )
+
+
+class RewardWorker:
+    """Holds one reward and scores chunks of media."""
+
+    def __init__(self, config: RewardConfig, threads: int, log: str | None = None) -> None:
+        log_to(log)
+        torch.set_num_threads(threads)
+        self.config = config
+        self.function = config.build()
+
+    def health(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    def score(
+        self, prompts: list[str], columns: dict[str, list[Any]], *media: np.ndarray
+    ) -> tuple[Scores, float]:
+        """Scores of all samples of ``media`` (each (size, F, H, W, C)), and the seconds taken."""
+        started = time.perf_counter()
+        completions = list(np.concatenate(media))
+        name, size = self.config.name or self.config.kind, self.config.batch_size
+        scores = call_reward(name, self.function, prompts, completions, columns, size)
+        return scores, time.perf_counter() - started
+
+    def describe(
+        self, prompts: list[str], columns: dict[str, list[Any]], *media: np.ndarray
+    ) -> dict[str, float]:
+        """Numbers of the whole set, from a reward that has any."""
+        if not isinstance(self.function, SetMetric):
+            return {}
+        return self.function.describe_set(prompts, list(np.concatenate(media)), **columns)

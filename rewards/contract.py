@@ -1,0 +1,63 @@
+"""The reward contract: TRL's reward-function signature, and the options every reward has.
+
+A reward is ``f(prompts, completions, **columns) -> list[float | None]``; None means *not scored*.
+Completions of media policies are uint8 arrays (frames, height, width, channels).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, Field
+
+
+class RewardFunction(Protocol):
+    """Any callable of TRL's signature."""
+
+    def __call__(
+        self, prompts: list[str], completions: list[Any], **columns: Any
+    ) -> list[float | None]:
+        """One score for each completion; None where the reward does not apply."""
+        ...
+
+
+@runtime_checkable
+class SetMetric(Protocol):
+    """A reward that also has numbers for a whole evaluation set."""
+
+    def describe_set(
+        self, prompts: list[str], completions: list[Any], **columns: Any
+    ) -> dict[str, float]:
+        """Metrics by name, e.g. accuracy or a Fréchet distance."""
+        ...
+
+
+class RewardSettings(BaseModel, frozen=True, extra="forbid"):
+    """Options of every reward."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]{1,60}$",
+        description="Its name in metrics; default its kind.",
+    )
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Weight in the advantage; 0 only watches."
+    )
+    replicas: int = Field(1, ge=1, description="Actors that serve it.")
+    batch_size: int = Field(64, ge=1, description="Samples per call of the reward.")
+    deadline: float = Field(120.0, gt=0, description="Seconds one call may take.")
+    retries: int = Field(3, ge=0, description="Repetitions of a call whose process was lost.")
+    max_failures: float = Field(
+        0.1, ge=0, le=1, description="Share of a step's samples that may fail; more ends the run."
+    )
+    gpus: float = Field(0.0, ge=0, description="GPUs per replica.")
+    cpus: float = Field(0.0, ge=0, description="CPU cores reserved per replica.")
+
+    @abstractmethod
+    def build(self) -> RewardFunction:
+        """The reward itself, in the process that serves it."""
+
+    def problem(self) -> str | None:
+        """Why this reward cannot run here, with the remedy; None if it can."""
+        return None

@@ -1,0 +1,1 @@
+"""Objectives, advantages and the RL loop."""

@@ -1,0 +1,134 @@
+"""What the loop needs from the processes around it. ``cluster`` implements these, with and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rewards.calling import Scores
+from rl.batches import Item
+from rollout.draws import Group
+from rollout.flow import FlowPlan
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One group after sampling: small facts, and references to the large parts.
+
+    Attributes:
+        group: its draws.
+        job: which call sampled it; the groups of a call come together.
+        transitions: ``Transitions`` or a reference to them.
+        media: uint8 (size, F, H, W, C) or a reference to it.
+        nodes: network evaluations that replaying the transitions takes.
+        branches: injected steps per member.
+        forwards: network evaluations that sampling took.
+        seconds: the worker's time for it.
+        version: the weights that made it.
+    """
+
+    group: Group
+    job: int
+    transitions: Any
+    media: Any
+    nodes: int
+    branches: int
+    forwards: int
+    seconds: float
+    version: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sampled group with the scores of every reward, by name."""
+
+    sample: Sampled
+    scores: Mapping[str, Scores]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a learner did in one call.
+
+    Attributes:
+        table: per-branch columns (see ``rl/surrogate.py``), all ranks together, branches in order.
+        grad_norms: one per optimiser step, before clipping.
+        forwards: network evaluations, ``backwards`` likewise, padding included.
+        seconds: per rank, time inside the call.
+    """
+
+    table: Mapping[str, Any]
+    grad_norms: tuple[float, ...]
+    forwards: int
+    backwards: int
+    seconds: tuple[float, ...]
+
+
+class RolloutPool(Protocol):
+    """Workers that sample groups."""
+
+    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> Iterator[Sampled]:
+        """Groups as they complete; one that its data made impossible is dropped and counted."""
+        ...
+
+    def load(self, weights: Any) -> None:
+        """All workers take published weights; returns when each has proved that it has them."""
+        ...
+
+
+class Scorer(Protocol):
+    """Reward models."""
+
+    def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
+        """Scores for samples as they come, returned in the draws' order.
+
+        With ``held_out`` the rewards that only evaluation may see are scored too.
+        """
+        ...
+
+    def take_seconds(self) -> float:
+        """Time that rewards spent scoring since the last call."""
+        ...
+
+    def describe(self, samples: Sequence[Sampled]) -> Metrics:
+        """Numbers of a whole evaluation set, ``<reward>/<metric>``."""
+        ...
+
+
+class Learner(Protocol):
+    """The ranks that train."""
+
+    def update(self, steps: Sequence[Sequence[Item]]) -> Update:
+        """One optimiser step per entry of ``steps``, each over all of its items."""
+        ...
+
+    def replay(self, items: Sequence[Item]) -> Mapping[str, Any]:
+        """The table of ``items`` under the present weights; trains nothing."""
+        ...
+
+    def publish(self, version: int, averaged: bool = False) -> Any:
+        """The trained weights (or their average) as one versioned, checksummed blob."""
+        ...
+
+
+class Run(Protocol):
+    """Where results go."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One line of metrics for a finished step."""
+        ...
+
+    def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
+        """Store an evaluation: numbers, scores by sample, a grid of samples."""
+        ...
+
+    def checkpoint(self, step: int) -> None:
+        """Make the state after ``step`` durable."""
+        ...
+
+    def interrupted(self) -> bool:
+        """Whether the user asked to stop after the step at hand."""
+        ...

@@ -1,0 +1,138 @@
+"""The loop, as the algorithm boxes of the papers have it.
+
+    evaluate the start
+    for step in 0, 1, ...
+        draw groups; sample them by the algorithm's plans; score them as they complete
+        advantages; optimiser steps
+        publish the weights to the rollout workers
+        evaluate, checkpoint when due
+
+Everything is a function of (seed, step) and the weights, which is all that a resume needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rl.batches import Item
+from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scorer
+from rl.evaluate import Evaluation
+from rl.grpo import GRPO
+from rl.metrics import check_drift, update_metrics
+from rl.rollout_set import optimiser_steps
+from rollout.draws import Prompt, groups_for
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers of a recipe that the loop needs: all in steps, the last step does everything."""
+
+    seed: int
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    evaluate_every: int
+    checkpoint_every: int
+    weights: dict[str, float]
+    dtype: str
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens ``every`` so many steps happens after ``step``."""
+        return step % every == 0 or step == self.steps
+
+
+@dataclass
+class Trainer:
+    """A run in progress; ``learner`` holds the state after ``step`` steps."""
+
+    schedule: Schedule
+    algorithm: GRPO
+    prompts: Sequence[Prompt]
+    pool: RolloutPool
+    scorer: Scorer
+    learner: Learner
+    evaluation: Evaluation
+    run: Run
+    step: int
+    proved: bool = field(default=False, init=False)
+
+    def train(self) -> None:
+        """Train to the last step, or to the end of the one in which the user interrupts."""
+        if self.step == 0:
+            self._evaluate()
+        self.pool.load(self.learner.publish(self.step))
+        while self.step < self.schedule.steps and not self.run.interrupted():
+            started = time.perf_counter()
+            steps, metrics = self._rollout_set()
+            metrics |= self._update(steps)
+            self.step += 1
+            synced = time.perf_counter()
+            self.pool.load(self.learner.publish(self.step))
+            done = time.perf_counter()
+            metrics |= {"time/sync": done - synced, "time/step": done - started}
+            self.run.log(self.step, metrics)
+            self._evaluate_and_save()
+
+    def _rollout_set(self) -> tuple[list[list[Item]], Metrics]:
+        s, started = self.schedule, time.perf_counter()
+        groups = groups_for(
+            self.prompts, seed=s.seed, step=self.step, count=s.prompts_per_step, size=s.group_size
+        )
+        sampling = _Timed(self.pool.generate(groups, self.algorithm.plans(self.step, groups)))
+        scored = self.scorer.score(sampling)
+        steps, metrics = optimiser_steps(scored, s.weights, self.algorithm.config)
+        metrics |= {
+            "time/rollout": sampling.finished - started,
+            "time/reward": time.perf_counter() - sampling.finished,
+            "work/rollout_forwards": float(sum(group.sample.forwards for group in scored)),
+            "busy/rollout": sum(group.sample.seconds for group in scored),
+            "busy/reward": self.scorer.take_seconds(),
+            "rollout/dropped_groups": float(len(groups) - len(scored)),
+        }
+        if not self.proved and steps:
+            self.proved = True
+            table = self.learner.replay(steps[0])
+            metrics |= check_drift(table, self.algorithm.config.clip_range, s.dtype)
+        return steps, metrics
+
+    def _update(self, steps: list[list[Item]]) -> Metrics:
+        started = time.perf_counter()
+        metrics: Metrics = {"optimizer_steps": float(len(steps))}
+        if steps:
+            update = self.learner.update(steps)
+            metrics |= update_metrics(update.table)
+            metrics["grad_norm"] = sum(update.grad_norms) / len(update.grad_norms)
+            metrics["work/learner_forwards"] = float(update.forwards)
+            metrics["work/backwards"] = float(update.backwards)
+            metrics["busy/learner"] = sum(update.seconds)
+        return metrics | {"time/learn": time.perf_counter() - started}
+
+    def _evaluate_and_save(self) -> None:
+        s, step = self.schedule, self.step
+        if s.due(step, s.evaluate_every):
+            self._evaluate()
+            self.pool.load(self.learner.publish(step))
+        if s.due(step, s.checkpoint_every) or self.run.interrupted():
+            self.run.checkpoint(step)
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        metrics, scored = self.evaluation.run(self.learner, self.pool, self.scorer, self.step)
+        metrics["time/evaluate"] = time.perf_counter() - started
+        self.run.evaluated(self.step, metrics, scored)
+
+
+class _Timed(Iterator[Sampled]):
+    """An iterator that notes when it was exhausted."""
+
+    def __init__(self, samples: Iterator[Sampled]) -> None:
+        self._samples = samples
+        self.finished = time.perf_counter()
+
+    def __next__(self) -> Sampled:
+        try:
+            return next(self._samples)
+        finally:
+            self.finished = time.perf_counter()

@@ -1,0 +1,1 @@
+"""Policies (what generates) and samplers (how): draws, prompts, the flow ODE/SDE sampler."""

@@ -1,0 +1,1 @@
+"""Policies: trainable generative models behind two contracts, flow and masked diffusion."""

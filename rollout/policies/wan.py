@@ -1,0 +1,288 @@
+"""Flow policies on diffusers' own ``WanTransformer3DModel``.
+
+The published layout is read and written: ``transformer/config.json`` with its safetensors. This page
+holds the class-conditional form, whose conditions are one-hot words (``conditions.json`` beside the
+transformer names the vocabulary and the latent shape); it needs no text encoder and no VAE, and it
+is what the embedded digit models are. The network is the same class at every size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from rollout.policies.base import FlowPolicy
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+EMBEDDED = ("digits", "moving-digits")
+# Below this batch size the CPU matrix kernels take another path and the last bits of a sample
+# depend on its company; rows are repeated up to it so that they don't.
+CPU_BATCH = 4
+
+
+class LoraAdapter(BaseModel, frozen=True, extra="forbid"):
+    """A low-rank adapter through peft, on the modules whose names end in one of ``targets``."""
+
+    rank: int = Field(16, gt=0, description="Rank r.")
+    alpha: float = Field(32.0, gt=0, description="Scale; the update is alpha/rank B A.")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="Name endings of the linear layers that get an adapter.",
+    )
+
+
+class WanConfig(BaseModel, frozen=True, extra="forbid"):
+    """A Wan transformer: an embedded digit model or a directory in diffusers' layout."""
+
+    kind: Literal["wan"] = "wan"
+    checkpoint: str = Field(
+        "digits",
+        description="digits, moving-digits (embedded, trained once and cached), or a directory.",
+    )
+    lora: LoraAdapter | None = Field(
+        None, description="Train an adapter; without it all parameters train."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Compute type of the forward; trained parameters stay fp32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass."
+    )
+
+    def directory(self) -> Path:
+        """Where the weights are, or for an embedded model will be after ``prepare``.
+
+        Raises:
+            ValueError: a path that is not a transformer in the layout read here.
+        """
+        if self.checkpoint in EMBEDDED:
+            from rollout.policies.digits import cached_directory
+
+            return cached_directory(self.checkpoint)
+        path = Path(self.checkpoint)
+        for part in ("transformer/config.json", "conditions.json"):
+            if not (path / part).is_file():
+                raise ValueError(
+                    f"{path} has no {part}; give {' or '.join(EMBEDDED)}, or a directory with "
+                    "transformer/ in diffusers' layout and conditions.json"
+                )
+        return path
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear layers an adapter can go on, without building the network."""
+        if self.checkpoint in EMBEDDED:
+            from rollout.policies.digits import TRANSFORMER
+
+            return wan_linear_names(TRANSFORMER["num_layers"])
+        config = json.loads((self.directory() / "transformer" / "config.json").read_text())
+        return wan_linear_names(config["num_layers"])
+
+    def prepare(self) -> Path:
+        """Make the weights available on this machine (trains an embedded model once)."""
+        if self.checkpoint in EMBEDDED:
+            from rollout.policies.digits import ensure_base
+
+            return ensure_base(self.checkpoint)
+        return self.directory()
+
+    def build(self, device: str = "cpu", seed: int = 0, reference: bool = False) -> WanPolicy:
+        """The policy on ``device``.
+
+        Args:
+            device: torch device.
+            seed: starts a new adapter.
+            reference: keep what ``FlowPolicy.reference`` needs (a frozen copy, if all trains).
+        """
+        return WanPolicy(self, self.prepare(), device, seed, reference)
+
+
+def wan_linear_names(num_layers: int) -> list[str]:
+    """The names of all linear layers of a text-to-video ``WanTransformer3DModel``."""
+    heads = ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
+    heads += ["text_embedder.linear_1", "text_embedder.linear_2"]
+    block = [f"{a}.{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out.0")]
+    block += ["ffn.net.0.proj", "ffn.net.2"]
+    return (
+        [f"condition_embedder.{name}" for name in heads]
+        + [f"blocks.{i}.{name}" for i in range(num_layers) for name in block]
+        + ["proj_out"]
+    )
+
+
+def unmatched_targets(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The adapter targets that match no module name, by peft's own rule (whole-part suffix)."""
+    return [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+
+
+class WanPolicy(FlowPolicy):
+    """A class-conditional Wan transformer."""
+
+    def __init__(
+        self, config: WanConfig, directory: Path, device: str, seed: int, reference: bool
+    ) -> None:
+        from diffusers import WanTransformer3DModel
+
+        self.config = config
+        self.conditions: dict[str, Any] = json.loads((directory / "conditions.json").read_text())
+        transformer = WanTransformer3DModel.from_pretrained(directory / "transformer")
+        self.module = prepare_transformer(transformer, config, seed).to(device)
+        self._frozen = None
+        if reference and config.lora is None:
+            self._frozen = copy.deepcopy(self.module).requires_grad_(False)
+        self._network: torch.nn.Module = self.module
+        self.latent_shape = tuple(self.conditions["latent_shape"])
+        self._width: int = transformer.config["text_dim"]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """One-hot conditions (B, words, width) of the vocabulary words found in each prompt."""
+        return encode_words(prompts, self.conditions["vocabulary"], self._width).to(self.device)
+
+    def encode_null(self, count: int) -> Tensor:
+        """The condition that training dropped prompts to."""
+        slots = len(self.conditions["vocabulary"])
+        return null_words(count, slots, self._width).to(self.device)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """See ``FlowPolicy``. The network is fed ``floor(1000 t)``, as Wan's own pipeline does."""
+        batch = len(x)
+        if self.device.type == "cpu" and batch < CPU_BATCH:
+            repeat = torch.arange(CPU_BATCH) % batch
+            x, t, condition = x[repeat], t[repeat], condition[repeat]
+        half = self.config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            (velocity,) = self._network(
+                hidden_states=x,
+                timestep=(t * 1000).floor(),
+                encoder_hidden_states=condition,
+                return_dict=False,
+            )
+        return velocity[:batch].float()
+
+    def decode(self, x: Tensor) -> np.ndarray:
+        """Pixels are the latents: [-1, 1] to uint8, channels last."""
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base without its adapter, or the frozen copy that ``reference=True`` kept."""
+        if self.config.lora is not None:
+            self.module.disable_adapters()
+            try:
+                yield
+            finally:
+                self.module.enable_adapters()
+            return
+        if self._frozen is None:
+            raise ValueError("the policy was built without reference=True")
+        self._network = self._frozen
+        try:
+            yield
+        finally:
+            self._network = self.module
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Adapter as ``pytorch_lora_weights.safetensors`` (diffusers' layout), or the whole."""
+        directory.mkdir(parents=True, exist_ok=True)
+        save_transformer(self.module, weights, directory, self.config.lora is not None)
+        (directory / "conditions.json").write_text(json.dumps(self.conditions))
+
+
+def prepare_transformer(
+    transformer: WanTransformer3DModel, config: WanConfig, seed: int
+) -> WanTransformer3DModel:
+    """Set what trains: a Gaussian-initialised adapter, or everything.
+
+    Raises:
+        ValueError: an adapter target that matches no layer.
+    """
+    transformer.train()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.lora is None:
+        return transformer.requires_grad_(True)
+    from peft import LoraConfig
+
+    names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    if missing := unmatched_targets(config.lora.targets, names):
+        raise ValueError(f"LoRA targets {missing} match no linear layer of {config.checkpoint}")
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(
+                r=config.lora.rank,
+                lora_alpha=config.lora.alpha,
+                target_modules=list(config.lora.targets),
+                init_lora_weights="gaussian",
+            )
+        )
+    if config.dtype == "bfloat16":
+        for parameter in transformer.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    return transformer
+
+
+def save_transformer(
+    transformer: torch.nn.Module, weights: Mapping[str, Tensor], directory: Path, adapter: bool
+) -> None:
+    """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them.
+
+    The values come from ``weights``, not from the module, whose parameters may be sharded.
+    """
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    if adapter:
+        from diffusers import WanPipeline
+        from peft import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(transformer, state_dict=values)
+        WanPipeline.save_lora_weights(directory, transformer_lora_layers=layers)
+        return
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors.torch import save_file
+
+    transformer.save_config(directory / "transformer")
+    save_file(values, directory / "transformer" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+
+
+def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], width: int) -> Tensor:
+    """One-hot tokens (B, slots, width): slot s says which word of ``vocabulary[s]`` was asked for.
+
+    Raises:
+        ValueError: a prompt with no word, or several, of a slot.
+    """
+    condition = torch.zeros(len(prompts), len(vocabulary), width)
+    for row, prompt in enumerate(prompts):
+        words = re.findall(r"\w+", prompt.lower())
+        offset = 0
+        for slot, choices in enumerate(vocabulary):
+            found = [choice for choice in choices if choice in words]
+            if len(found) != 1:
+                raise ValueError(
+                    f"prompt {prompt!r} names {len(found)} of {', '.join(choices)}; this model "
+                    "needs exactly one"
+                )
+            condition[row, slot, offset + choices.index(found[0])] = 1.0
+            offset += len(choices)
+    return condition
+
+
+def null_words(count: int, slots: int, width: int) -> Tensor:
+    """The dropped condition: the last one-hot position, which no word uses."""
+    null = torch.zeros(count, slots, width)
+    null[:, :, -1] = 1.0
+    return null
