@@ -1,0 +1,1 @@
+"""Recipe files and the schema that turns one into typed objects."""

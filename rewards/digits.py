@@ -1,7 +1,7 @@
 """Rewards on handwritten digits: a classifier to train against, and another one that never is.
 
 Both learn from the 900 real digits that the embedded generator has not seen. They differ in kind (a
-small convolutional network; scikit-learn's perceptron), so that what fools one need not fool the
+small convolutional network; scikit-learn's support vector machine), so that what fools one need not fool the
 other: when the trained reward rises and the held-out one does not, that is reward hacking.
 """
 
@@ -26,7 +26,6 @@ FIRST_HELD_OUT = 897
 VERSION = 1
 STEPS = 600
 BATCH = 128
-HIDDEN = (64, 32)
 
 
 class DigitLogProb(RewardSettings, frozen=True, extra="forbid"):
@@ -45,7 +44,7 @@ class DigitHeldOut(RewardSettings, frozen=True, extra="forbid"):
     kind: Literal["digit_held_out"] = "digit_held_out"
 
     def build(self) -> RewardFunction:
-        """Train it or read it from the cache."""
+        """Fit it."""
         return DigitHeldOutReward()
 
 
@@ -109,13 +108,21 @@ class DigitLogProbReward:
 
 
 class DigitHeldOutReward:
-    """scikit-learn's perceptron; 1 where it sees the asked digit, else 0."""
+    """scikit-learn's support vector classifier; 1 where it sees the asked digit, else 0.
+
+    Fitted in a second on the held-out real digits and copies of them shifted by a pixel. Its 45
+    pairwise margins are the features of the Fréchet distance.
+    """
 
     def __init__(self) -> None:
-        arrays = _cached("perceptron", _train_perceptron)
-        layers = len(HIDDEN) + 1
-        self.layers = [(arrays[f"weight_{i}"], arrays[f"bias_{i}"]) for i in range(layers)]
-        self.real: tuple[np.ndarray, np.ndarray] | None = None
+        from sklearn.svm import SVC
+
+        images, labels = real_digits()
+        images, labels = images[FIRST_HELD_OUT:], labels[FIRST_HELD_OUT:]
+        shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+        shifted = [_shift(image, *shift) for shift in shifts for image in images]
+        self.model = SVC(C=10, gamma=0.25, decision_function_shape="ovo")
+        self.model.fit(np.stack(shifted).reshape(-1, 64), np.tile(labels, len(shifts)))
 
     def __call__(
         self,
@@ -143,7 +150,7 @@ class DigitHeldOutReward:
         asked = np.array(asked_digits(prompts, digit))
         features, seen = self._look(completions)
         images, labels = real_digits()
-        real, _ = self.forward(images.reshape(-1, 64))
+        real = self.margins(images.reshape(-1, 64))
         metrics = {
             "accuracy": float((seen == asked).mean()),
             "frechet": frechet_distance(features, real),
@@ -158,23 +165,27 @@ class DigitHeldOutReward:
             )
         return metrics
 
-    def forward(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, 32) of the last hidden layer and logits (n, 10), of pixels (n, 64)."""
-        hidden = pixels
-        for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(hidden @ weight + bias, 0)
-        weight, bias = self.layers[-1]
-        return hidden, hidden @ weight + bias
+    def margins(self, pixels: np.ndarray) -> np.ndarray:
+        """Features (n, 45) of pixels (n, 64) in [0, 1]."""
+        return self.model.decision_function(pixels)
 
     def _look(self, completions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Features and seen digits, averaged over the frames of each sample."""
+        """Features averaged over the frames of each sample, and the digit they vote for."""
         frames = np.concatenate(completions).reshape(-1, 64).astype(np.float32) / 255
-        features, logits = self.forward(frames)
-        shifted = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = shifted / shifted.sum(1, keepdims=True)
         counts = np.cumsum([len(media) for media in completions])[:-1]
-        mean = [np.stack([p.mean(0) for p in np.split(a, counts)]) for a in (features, probabilities)]
-        return mean[0], mean[1].argmax(1)
+        features = np.stack([part.mean(0) for part in np.split(self.margins(frames), counts)])
+        return features, votes(features)
+
+
+def votes(margins: np.ndarray) -> np.ndarray:
+    """The digit (n,) that wins most of the pairwise comparisons (n, 45), ties by total margin."""
+    pairs = [(i, j) for i in range(10) for j in range(i + 1, 10)]
+    score = np.zeros((len(margins), 10))
+    for column, (i, j) in enumerate(pairs):
+        margin = margins[:, column]
+        score[:, i] += (margin > 0) + 1e-3 * np.tanh(margin)
+        score[:, j] += (margin <= 0) - 1e-3 * np.tanh(margin)
+    return score.argmax(1)
 
 
 def _spread(features: np.ndarray) -> float:
@@ -232,18 +243,6 @@ def _train_network() -> dict[str, np.ndarray]:
         optimizer.step()
         schedule.step()
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-
-
-def _train_perceptron() -> dict[str, np.ndarray]:
-    from sklearn.neural_network import MLPClassifier
-
-    images, labels = _augmented(np.random.default_rng(1), 20_000)
-    model = MLPClassifier(HIDDEN, random_state=1, max_iter=12, early_stopping=True, alpha=1e-3)
-    model.fit(images.reshape(-1, 64), labels)
-    arrays: dict[str, np.ndarray] = {}
-    for i, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
-        arrays |= {f"weight_{i}": weight, f"bias_{i}": bias}
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def _cached(name: str, train: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,147 @@
+"""``report.html``: everything about a run in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import plots
+from cluster.tracking import MetricsFile
+
+TIMESTEP_PANELS = {
+    "ratio_mean": "ratio, mean",
+    "ratio_std": "ratio, std",
+    "clip_fraction": "clip fraction",
+    "gradient_share": "share of gradient",
+}
+PHASES = {f"time/{name}": name for name in ("rollout", "reward", "learn", "sync")}
+IDLE = {f"idle/{name}": name for name in ("rollout", "learner", "reward")}
+
+
+def write_report(run: Path) -> Path:
+    """Write and return the report of a run, finished or not.
+
+    Raises:
+        ValueError: ``run`` is no run directory.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is no run directory: it has no recipe.yaml")
+    from jinja2 import Environment, PackageLoader
+
+    rows = MetricsFile(run / "metrics.jsonl").read()
+    train = [row for row in rows if row["kind"] == "train"]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    environment = Environment(loader=PackageLoader("cluster", "templates"), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        name=run.name,
+        steps=train[-1]["step"] if train else 0,
+        changes=changes(evaluations),
+        figures=_figures(train, evaluations),
+        evaluations=_table(evaluations),
+        grids=_grids(run),
+        costs=_costs(train),
+        warnings=_warnings(train),
+        recipe=(run / "recipe.yaml").read_text(),
+        versions=_versions(run),
+    )
+    target = run / "report.html"
+    scratch = run / ".report.html.tmp"
+    scratch.write_text(page, encoding="utf-8")
+    scratch.replace(target)
+    return target
+
+
+def changes(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every evaluation metric before and after: name, first and last value."""
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    names = [k for k in last if k.startswith("evaluation/") and not k.endswith("/std")]
+    return [
+        {"name": k.removeprefix("evaluation/"), "before": first[k], "after": last[k]}
+        for k in names
+        if "/recall/" not in k and first.get(k) is not None and last[k] is not None
+    ]
+
+
+def _figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]]:
+    figures: list[tuple[str, str]] = []
+    rewards = {k: k.split("/")[1] for row in train for k in row if _is(k, "reward/", "/mean")}
+    for key, name in rewards.items():
+        figures.append((f"Training reward: {name}", _svg(plots.curves(train, {key: name}, name))))
+    held = {k: k.split("/")[1] for row in evaluations for k in row if _is(k, "evaluation/", "/mean")}
+    for key, name in held.items():
+        title = f"Evaluation: {name}" + ("" if name in rewards.values() else " (held out)")
+        figures.append((title, _svg(plots.curves(evaluations, {key: name}, name))))
+    distances = {k: k for row in evaluations for k in row if k.endswith("/frechet")}
+    if distances:
+        figures.append(("Fréchet distance to real data", _svg(plots.curves(evaluations, distances, "distance"))))
+    if any(key.startswith("timestep/") for row in train for key in row):
+        figures.append(("By timestep", _svg(plots.timesteps(train, TIMESTEP_PANELS))))
+    if train:
+        figures.append(("Seconds per step", _svg(plots.stacked(train, PHASES, "s"))))
+        figures.append(("Idle share of actors", _svg(plots.curves(train, IDLE, "share"))))
+        figures.append(("Gradient norm", _svg(plots.curves(train, {"grad_norm": "norm"}, "norm"))))
+    return figures
+
+
+def _is(key: str, start: str, end: str) -> bool:
+    return key.startswith(start) and key.endswith(end)
+
+
+def _svg(data: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
+
+
+def _grids(run: Path) -> list[tuple[str, str]]:
+    paths = sorted((run / "samples").glob("step_*/grid.png"))
+    chosen = paths[:1] + paths[1:][-1:]
+    return [
+        (p.parent.name.replace("_", " "), "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode())
+        for p in chosen
+    ]
+
+
+def _table(evaluations: plots.Rows) -> dict[str, list[Any]]:
+    keys = sorted({k for row in evaluations for k in row if k.startswith("evaluation/")})
+    keys = [k for k in keys if not k.endswith("/std") and "/recall/" not in k]
+    return {
+        "head": ["step", *[k.removeprefix("evaluation/") for k in keys]],
+        "rows": [[row["step"], *[_number(row.get(k)) for k in keys]] for row in evaluations],
+    }
+
+
+def _costs(train: plots.Rows) -> list[tuple[str, str]]:
+    last = train[-1] if train else {}
+    return [(k.removeprefix("cost/"), f"{v:,.0f}") for k, v in last.items() if k.startswith("cost/")]
+
+
+def _warnings(train: plots.Rows) -> list[str]:
+    warnings: list[str] = []
+    failed = {k: sum(r.get(k) or 0 for r in train) for row in train for k in row if k.endswith("/failed")}
+    warnings += [f"{key}: {int(n)} samples were not scored" for key, n in failed.items() if n]
+    dropped = sum(row.get("rollout/dropped_groups") or 0 for row in train)
+    if dropped:
+        warnings.append(f"{int(dropped)} groups were dropped by the rollout workers")
+    idle = [row["step"] for row in train if (row.get("zero_std_ratio") or 0) > 0.5]
+    if idle:
+        warnings.append(
+            f"in {len(idle)} steps (first {idle[0]}) over half of the groups had equal rewards and "
+            "taught nothing: the task is solved or out of reach"
+        )
+    inexact = [row for row in train if row.get("drift/exact") == 0]
+    if inexact:
+        warnings.append(f"sampler and learner drift before the first update: {inexact[0]['drift/ratio_p99']:.2g}")
+    return warnings
+
+
+def _versions(run: Path) -> dict[str, str]:
+    path = run / "versions.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,170 @@
+"""Checks of a whole recipe, and the numbers that follow from it. Nothing is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.errors import RecipeError, nearest
+from recipes.schema import Recipe
+from recipes.source import Loaded
+from rl.flash_grpo import FlashGRPOConfig
+from rl.flow_grpo_fast import FlowGRPOFastConfig
+from rollout.policies.base import forwards_per_sample
+from rollout.policies.wan import unmatched_targets
+
+
+def check(loaded: Loaded[Recipe], gpus: int) -> None:
+    """Refuse combinations that cannot run.
+
+    Args:
+        loaded: the recipe. gpus: how many this machine has (a local cluster cannot have more).
+
+    Raises:
+        RecipeError: with all of them.
+    """
+    recipe = loaded.value
+    problems = [
+        loaded.problem(key, message)
+        for group in (
+            _timesteps(recipe),
+            _sizes(recipe),
+            _policy(recipe),
+            _rewards(recipe),
+            _resources(recipe, gpus),
+        )
+        for key, message in group
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def _timesteps(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    steps, rl = recipe.rollout.steps, recipe.rl
+    if isinstance(rl, FlashGRPOConfig) and rl.pool is not None:
+        outside = [k for k in rl.pool if not 0 <= k <= steps - 2]
+        if outside:
+            yield "rl.pool", (
+                f"indices {outside} are outside the grid: with rollout.steps {steps} an SDE step "
+                f"may be 0 to {steps - 2} (the last step takes no noise)"
+            )
+        if len(set(rl.pool)) != len(rl.pool):
+            yield "rl.pool", "an index stands in it twice"
+    if isinstance(rl, FlowGRPOFastConfig) and rl.window > len(rl.indices(steps)):
+        yield "rl.window", (
+            f"{rl.window} steps do not fit the first half of rollout.steps {steps} "
+            f"({len(rl.indices(steps))} steps)"
+        )
+    if rl.tail is not None and not rl.indices(steps):
+        yield "rl.tail", "there is no injected step to end"
+    if rl.tail is not None and rl.tail.steps > steps - 1 - max(rl.indices(steps), default=0):
+        yield "rl.tail.steps", (
+            f"after the last injected step {max(rl.indices(steps))} there are only "
+            f"{steps - 1 - max(rl.indices(steps))} steps; a tail is at most that"
+        )
+    if rl.antithetic and rl.initial_noise != "shared":
+        yield "rl.antithetic", "needs rl.initial_noise: shared, or the pairs differ in more than sign"
+    if rl.antithetic and recipe.rollout.group_size % 2:
+        yield "rollout.group_size", f"{recipe.rollout.group_size} is odd; antithetic noise needs pairs"
+
+
+def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    groups, rl = recipe.rollout.prompts_per_step, recipe.rl
+    if groups % rl.minibatches:
+        yield "rl.minibatches", f"{groups} groups (rollout.prompts_per_step) do not divide by {rl.minibatches}"
+    elif (groups // rl.minibatches) % recipe.learner.ranks:
+        yield "learner.ranks", (
+            f"{groups // rl.minibatches} groups per optimiser step do not divide by "
+            f"{recipe.learner.ranks} ranks"
+        )
+    if recipe.rollout.batch_size < recipe.rollout.group_size:
+        yield "rollout.batch_size", (
+            f"{recipe.rollout.batch_size} holds no group of rollout.group_size "
+            f"{recipe.rollout.group_size}"
+        )
+
+
+def _policy(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    try:
+        names = recipe.policy.linear_names()
+    except (ValueError, KeyError) as error:
+        yield "policy.checkpoint", str(error)
+        return
+    if recipe.policy.lora is not None:
+        for target in unmatched_targets(recipe.policy.lora.targets, names):
+            endings = sorted({name.split(".", 2)[-1] for name in names if name.startswith("blocks.0.")})
+            yield "policy.lora.targets", (
+                f"{target!r} matches no linear layer{nearest(target, [e.split('.', 1)[-1] for e in endings])}"
+                f"; there are: {', '.join(endings)}"
+            )
+    try:
+        recipe.prompts.load()
+    except ValueError as error:
+        yield "prompts.path", str(error)
+
+
+def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if all(config.weight == 0 for config in recipe.rewards):
+        yield "rewards", "every weight is 0: there is nothing to train on"
+    seen: set[str] = set()
+    for part, configs in (("rewards", recipe.rewards), ("evaluation.rewards", recipe.evaluation.rewards)):
+        for index, config in enumerate(configs):
+            name = config.name or config.kind
+            if name in seen:
+                yield f"{part}.{index}", f"two rewards are called {name!r}; give one a name"
+            seen.add(name)
+            problem = config.problem()
+            if problem is not None:
+                yield f"{part}.{index}", problem
+
+
+def _resources(recipe: Recipe, gpus: int) -> Iterator[tuple[str, str]]:
+    if recipe.cluster.address != "local":
+        return
+    need = needed(recipe, "gpus")
+    if need > gpus:
+        key = "workers.gpus" if recipe.workers.gpus else "learner.gpus"
+        yield key, f"the recipe needs {need:g} GPUs and this machine has {gpus}"
+
+
+def needed(recipe: Recipe, kind: str) -> float:
+    """CPUs or GPUs of all actors; colocated workers and ranks take turns on the same."""
+    per_worker, per_rank = (recipe.workers.gpus, recipe.learner.gpus)
+    if kind == "cpus":
+        per_worker, per_rank = recipe.workers.cpus, recipe.learner.cpus
+    if recipe.cluster.colocated:
+        total = max(recipe.workers.count, recipe.learner.ranks) * max(per_worker, per_rank)
+    else:
+        total = recipe.workers.count * per_worker + recipe.learner.ranks * per_rank
+    rewards = [*recipe.rewards, *recipe.evaluation.rewards]
+    return total + sum(c.replicas * (c.gpus if kind == "gpus" else c.cpus) for c in rewards)
+
+
+def derived(recipe: Recipe) -> dict[str, str]:
+    """The numbers that a reader of the recipe wants to see, by name."""
+    rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
+    samples = rollout.prompts_per_step * rollout.group_size
+    steps = rl.epochs * rl.minibatches
+    grid = rollout.grid()
+    indices = rl.indices(rollout.steps)
+    jobs = -(-rollout.prompts_per_step // (rollout.batch_size // rollout.group_size))
+    numbers = {
+        "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
+        "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
+        + (" (on-policy: the ratio is 1)" if rl.on_policy else ""),
+        "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
+        f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",
+        "rollout jobs per step": f"{jobs} for {recipe.workers.count} workers",
+        "trained timesteps": f"{list(indices)} of {rollout.steps}, sigma "
+        f"{grid.sigmas[indices[0]]:.4f} to {grid.sigmas[indices[-1]]:.4f}",
+        "network evaluations per guided step": str(forwards_per_sample(rollout.guidance_scale)),
+        "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
+        f"(this machine has {os.cpu_count()} CPU)",
+        "run directory": str(Path(recipe.run_dir) / recipe.name),
+    }
+    if jobs % recipe.workers.count:
+        numbers["note"] = "rollout jobs do not divide by workers.count: some workers will wait"
+    return numbers
+
+
