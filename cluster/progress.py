@@ -46,7 +46,7 @@ class Progress:
         if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
             pace = (time.monotonic() - self.started) / max(step - self.first, 1)
             left = pace * (self.total - step)
-            self.console.print(f"step {step}/{self.total}  {numbers}  ETA {left:.0f} s", highlight=False)
+            self.message(f"step {step}/{self.total}  {numbers}  ETA {left:.0f} s")
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
         """After each evaluation."""

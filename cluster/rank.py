@@ -145,10 +145,9 @@ class LearnerRank:
     def _average(self) -> None:
         decay = min((1 + self.steps) / (10 + self.steps), self.recipe.optimizer.ema_decay)
         weights = self.engine.weights()
-        names = list(self.averaged)
-        torch._foreach_lerp_(
-            [self.averaged[n] for n in names], [weights[n] for n in names], 1 - decay
-        )
+        if self.rank == 0:
+            targets = [weights[name] for name in self.averaged]
+            torch._foreach_lerp_(list(self.averaged.values()), targets, 1 - decay)
 
 
 def _join(tables: Sequence[Table]) -> Mapping[str, Any]:

@@ -67,7 +67,7 @@ class RayRolloutPool:
         self.weights: Weights | None = None
         self.restarts = 0
         workers, colocated = recipe.workers, recipe.cluster.colocated
-        actor = ray.remote(RolloutWorker)
+        actor = ray.remote(concurrency_groups={"health": 1})(RolloutWorker)
         self.workers = [
             _Worker(
                 index,
@@ -81,7 +81,6 @@ class RayRolloutPool:
                     name=f"{recipe.name}-rollout-{index}",
                     max_restarts=recipe.cluster.max_restarts,
                     max_task_retries=0,
-                    concurrency_groups={"health": 1},
                 ).remote(
                     recipe.model_dump_json(),
                     "cuda" if workers.gpus else "cpu",

@@ -1,0 +1,201 @@
+"""Starting a run: directory, cluster, actors, proofs, the loop; and going on after a loss."""
+
+from __future__ import annotations
+
+import logging
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import yaml
+from rich.console import Console
+
+from cluster import checkpoints
+from cluster.learner_group import LearnerLost, RayLearner
+from cluster.local import LocalLearner, LocalRolloutPool, LocalScorer
+from cluster.logs import log_to
+from cluster.progress import Progress
+from cluster.ray_cluster import Placement, connected
+from cluster.report import write_report
+from cluster.reward_actors import RayScorer
+from cluster.rollout_pool import RayRolloutPool
+from cluster.run import RunDirectory, data_digest, describe, new_directory
+from cluster.tracking import MetricsFile, open_trackers
+from recipes.schema import Recipe
+from rl.catalogue import build_algorithm
+from rl.contracts import RolloutPool, Scorer
+from rl.evaluate import Evaluation
+from rl.train import Schedule, Trainer
+from rollout.draws import EVALUATION_STEP, groups_for
+from rollout.flow import FlowPlan
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: where and how long, never what is computed.
+FREE = ("steps", "learner", "workers", "cluster", "checkpoints", "tracking", "run_dir", "name")
+
+
+class ResumeError(ValueError):
+    """A run that cannot be continued as asked."""
+
+
+def run(recipe: Recipe, console: Console, resume: Path | None = None, changed: bool = False) -> Path:
+    """Run a recipe on Ray, or continue ``resume``; returns the run directory, report written.
+
+    Args:
+        recipe: checked. console: for progress. resume: a run directory.
+        changed: continue although the recipe or its data changed.
+
+    Raises:
+        ResumeError: nothing to continue, or something else than was begun.
+    """
+    if resume is not None:
+        check_resume(resume, recipe, changed)
+    console.print(f"preparing {recipe.policy.checkpoint}", highlight=False)
+    recipe.policy.prepare()
+    path = resume or new_directory(recipe)
+    if resume is None:
+        describe(path, recipe, recipe.prompts.load())
+    attempt = len(list((path / "logs").glob("attempt-*"))) + 1
+    log_dir = (path / "logs" / f"attempt-{attempt}").resolve()
+    log_to(str(log_dir / "driver.log"))
+    found = checkpoints.latest(path / "checkpoints")
+    done = found.step if found else 0
+    with Progress(recipe.steps, done, console) as progress:
+        trackers = open_trackers(recipe.tracking, path)
+        directory = RunDirectory(recipe, path, trackers, progress, _fetch)
+        directory.stop_on_signals()
+        try:
+            progress.message(f"starting Ray ({recipe.cluster.address}); run directory {path}")
+            with connected(recipe) as placement:
+                _on_ray(recipe, directory, placement, str(log_dir))
+        finally:
+            directory.close()
+    write_report(path)
+    return path
+
+
+def _on_ray(recipe: Recipe, directory: RunDirectory, placement: Placement, log_dir: str) -> None:
+    """Actors up one kind after another (loading all at once spikes memory), then train."""
+    pool = RayRolloutPool(recipe, placement, log_dir)
+    pool.start()
+    scorer = RayScorer(recipe, log_dir)
+    scorer.start()
+    for attempt in range(recipe.cluster.max_restarts + 1):
+        learner = RayLearner(recipe, placement, log_dir)
+        try:
+            learner.start()
+            _train(recipe, directory, pool, scorer, learner)
+            learner.stop()
+            return
+        except LearnerLost as error:
+            learner.stop()
+            if attempt == recipe.cluster.max_restarts:
+                raise
+            directory.progress.message(f"learner lost ({error}); rebuilding from the last checkpoint")
+
+
+def run_locally(recipe: Recipe, path: Path, console: Console) -> RunDirectory:
+    """The same run in this process without Ray or DeepSpeed, in ``path``; continues what is there."""
+    path.mkdir(parents=True, exist_ok=True)
+    recipe.policy.prepare()
+    with Progress(recipe.steps, 0, console) as progress:
+        directory = RunDirectory(recipe, path, [], progress, _fetch)
+        _train(recipe, directory, LocalRolloutPool(recipe), LocalScorer(recipe), LocalLearner(recipe))
+    return directory
+
+
+def _train(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: RolloutPool,
+    scorer: Scorer,
+    learner: RayLearner | LocalLearner,
+) -> None:
+    found = checkpoints.latest(directory.path / "checkpoints")
+    directory.resume_from(found)
+    if found is not None:
+        learner.restore(found.path)
+        directory.progress.message(f"continuing after step {found.step}")
+    directory.save = learner.save
+    trainer = build_trainer(recipe, directory, pool, scorer, learner, found.step if found else 0)
+    pool.load(learner.publish(trainer.step))
+    prove_rewards(trainer)
+    trainer.train()
+
+
+def build_trainer(
+    recipe: Recipe,
+    directory: RunDirectory,
+    pool: RolloutPool,
+    scorer: Scorer,
+    learner: RayLearner | LocalLearner,
+    step: int,
+) -> Trainer:
+    """The loop of a recipe over its parts."""
+    prompts = recipe.prompts.load()
+    rollout, evaluation = recipe.rollout, recipe.evaluation
+    return Trainer(
+        schedule=Schedule(
+            seed=recipe.seed,
+            steps=recipe.steps,
+            prompts_per_step=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            evaluate_every=evaluation.every,
+            checkpoint_every=recipe.checkpoints.every,
+            weights={config.name or config.kind: config.weight for config in recipe.rewards},
+            dtype=recipe.policy.dtype,
+        ),
+        algorithm=build_algorithm(recipe.rl, rollout.grid(), rollout.guidance_scale, recipe.seed),
+        prompts=prompts,
+        pool=pool,
+        scorer=scorer,
+        learner=learner,
+        evaluation=Evaluation(prompts, evaluation.samples, recipe.seed, evaluation.steps),
+        run=directory,
+        step=step,
+    )
+
+
+def prove_rewards(trainer: Trainer) -> None:
+    """Every reward scores one sample before training starts.
+
+    Raises:
+        RewardFailed: one does not, with its own error.
+    """
+    groups = groups_for(
+        trainer.prompts, seed=trainer.schedule.seed, step=EVALUATION_STEP, count=1, size=1
+    )
+    trainer.scorer.score(trainer.pool.generate(groups, [FlowPlan()]), held_out=True)
+    trainer.scorer.take_seconds()
+
+
+def check_resume(path: Path, recipe: Recipe, changed: bool) -> None:
+    """Refuse to continue something else than was begun.
+
+    Raises:
+        ResumeError: with what differs.
+    """
+    if not (path / "recipe.yaml").is_file():
+        raise ResumeError(f"{path} is no run directory: it has no recipe.yaml")
+    begun = yaml.safe_load((path / "recipe.yaml").read_text())
+    asked = recipe.model_dump(mode="json")
+    different = [key for key in asked if key not in FREE and asked[key] != begun.get(key)]
+    if (path / "data.sha256").read_text().strip() != data_digest(recipe.prompts.load()):
+        different.append("prompts (the data itself)")
+    if different and not changed:
+        raise ResumeError(
+            f"{path} was begun with another {', '.join(different)}; give the recipe it was begun "
+            "with, or --changed to continue all the same"
+        )
+    logged = MetricsFile(path / "metrics.jsonl").read()
+    if checkpoints.latest(path / "checkpoints") is None and logged:
+        logger.warning("%s has no valid checkpoint: it starts from step 0", path)
+
+
+def _fetch(reference: Any) -> np.ndarray:
+    return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
+
+
