@@ -32,9 +32,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write(
-    root: Path, step: int, save: Callable[[Path], None], state: dict[str, Any]
-) -> Checkpoint:
+def write(root: Path, step: int, save: Callable[[Path], None], state: dict[str, Any]) -> Checkpoint:
     """Make a checkpoint: ``save`` fills a directory, ``state`` is the driver's part (JSON)."""
     final = root / f"step_{step:06d}"
     scratch = root / f".tmp-{final.name}-{os.getpid()}"

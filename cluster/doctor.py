@@ -9,7 +9,16 @@ from importlib import metadata
 
 from cluster.tracking import INSTALL, missing
 
-CORE = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "pydantic", "scikit-learn")
+CORE = (
+    "torch",
+    "ray",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "peft",
+    "pydantic",
+    "scikit-learn",
+)
 OPTIONAL = {"trl": "pip install 'rectify[trl]'  (TRL reward functions)"}
 
 

@@ -55,7 +55,9 @@ class Engine(Protocol):
         """AdamW's state as ``<name>.exp_avg`` and ``<name>.exp_avg_sq``; empty before a step."""
         ...
 
-    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int
+    ) -> None:
         """Set parameters, moments and the step count; the next step continues from there."""
         ...
 
@@ -77,9 +79,7 @@ class TorchEngine:
     def __init__(self, module: ObjectiveModule, config: OptimizerConfig) -> None:
         self.module = module
         self.config = config
-        self.parameters = {
-            n: p for n, p in module.network.named_parameters() if p.requires_grad
-        }
+        self.parameters = {n: p for n, p in module.network.named_parameters() if p.requires_grad}
         self.optimizer = adamw(list(self.parameters.values()), config)
 
     def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:

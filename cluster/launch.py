@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,9 @@ class ResumeError(ValueError):
     """A run that cannot be continued as asked."""
 
 
-def run(recipe: Recipe, console: Console, resume: Path | None = None, changed: bool = False) -> Path:
+def run(
+    recipe: Recipe, console: Console, resume: Path | None = None, changed: bool = False
+) -> Path:
     """Run a recipe on Ray, or continue ``resume``; returns the run directory, report written.
 
     Args:
@@ -94,7 +95,9 @@ def _on_ray(recipe: Recipe, directory: RunDirectory, placement: Placement, log_d
             learner.stop()
             if attempt == recipe.cluster.max_restarts:
                 raise
-            directory.progress.message(f"learner lost ({error}); rebuilding from the last checkpoint")
+            directory.progress.message(
+                f"learner lost ({error}); rebuilding from the last checkpoint"
+            )
 
 
 def run_locally(recipe: Recipe, path: Path, console: Console) -> RunDirectory:
@@ -103,7 +106,9 @@ def run_locally(recipe: Recipe, path: Path, console: Console) -> RunDirectory:
     recipe.policy.prepare()
     with Progress(recipe.steps, 0, console) as progress:
         directory = RunDirectory(recipe, path, [], progress, _fetch)
-        _train(recipe, directory, LocalRolloutPool(recipe), LocalScorer(recipe), LocalLearner(recipe))
+        _train(
+            recipe, directory, LocalRolloutPool(recipe), LocalScorer(recipe), LocalLearner(recipe)
+        )
     return directory
 
 
@@ -197,5 +202,3 @@ def check_resume(path: Path, recipe: Recipe, changed: bool) -> None:
 
 def _fetch(reference: Any) -> np.ndarray:
     return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
-
-

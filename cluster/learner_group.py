@@ -189,6 +189,5 @@ def _any_lost(ranks: Sequence[Any]) -> bool:
 def _join(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns of all ranks; a rank without branches has empty ones."""
     return {
-        key: np.concatenate([table[key] for table in tables if key in table])
-        for key in tables[0]
+        key: np.concatenate([table[key] for table in tables if key in table]) for key in tables[0]
     }

@@ -37,7 +37,9 @@ def stacked(rows: Rows, labels: Mapping[str, str], ylabel: str) -> bytes:
     figure, axes = _figure()
     steps = [row["step"] for row in rows]
     values = [[row.get(key) or 0.0 for row in rows] for key in labels]
-    axes.stackplot(steps, values, labels=list(labels.values()), colors=_cycle(len(labels)), alpha=0.85)
+    axes.stackplot(
+        steps, values, labels=list(labels.values()), colors=_cycle(len(labels)), alpha=0.85
+    )
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=8, loc="upper right")
@@ -48,7 +50,9 @@ def timesteps(rows: Rows, quantities: Mapping[str, str]) -> bytes:
     """Means over the run of per-timestep quantities, one small panel each."""
     from matplotlib.figure import Figure
 
-    indices = sorted({int(k.split("/")[1]) for row in rows for k in row if k.startswith("timestep/")})
+    indices = sorted(
+        {int(k.split("/")[1]) for row in rows for k in row if k.startswith("timestep/")}
+    )
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for place, (quantity, label) in enumerate(quantities.items(), 1):
         axes = figure.add_subplot(1, len(quantities), place)
@@ -71,7 +75,9 @@ def sample_grid(media: np.ndarray, columns: int = 10, scale: int = 5) -> bytes:
     strips = media.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)
     columns = min(columns if frames == 1 else max(columns // 2, 1), count)
     rows = -(-count // columns)
-    canvas = np.full((rows * (height + 1) + 1, columns * (frames * width + 1) + 1, channels), 128, np.uint8)
+    canvas = np.full(
+        (rows * (height + 1) + 1, columns * (frames * width + 1) + 1, channels), 128, np.uint8
+    )
     for i, strip in enumerate(strips):
         y, x = i // columns * (height + 1) + 1, i % columns * (frames * width + 1) + 1
         canvas[y : y + height, x : x + frames * width] = strip

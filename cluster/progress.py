@@ -70,5 +70,7 @@ def summary(metrics: Metrics) -> str:
         for key, value in metrics.items()
         if key.startswith("reward/") and key.endswith("/mean")
     ]
-    phases = [f"{name} {metrics.get(f'time/{name}', 0.0):.2f}" for name in ("rollout", "learn", "sync")]
+    phases = [
+        f"{name} {metrics.get(f'time/{name}', 0.0):.2f}" for name in ("rollout", "learn", "sync")
+    ]
     return "  ".join(rewards) + f"  | {metrics['time/step']:.2f} s ({', '.join(phases)})"

@@ -87,7 +87,9 @@ class LearnerRank:
         )
 
     @torch.no_grad()
-    def replay(self, items: Sequence[Item], count: int, *transitions: Transitions) -> dict[str, Any]:
+    def replay(
+        self, items: Sequence[Item], count: int, *transitions: Transitions
+    ) -> dict[str, Any]:
         """The table of ``items`` under the present weights."""
         batches = self._batches(items, count, transitions)
         return _join([self.engine.forward(batch)[1] for batch in batches])
@@ -108,7 +110,9 @@ class LearnerRank:
         state = {f"{name}.weight_fp32": t for name, t in weights.items()} | moments
         state |= {f"{name}.ema": t for name, t in self.averaged.items()}
         state["optimizer_steps"] = torch.tensor([self.steps])
-        save_file({k: t.cpu().contiguous().clone() for k, t in state.items()}, directory / STATE_FILE)
+        save_file(
+            {k: t.cpu().contiguous().clone() for k, t in state.items()}, directory / STATE_FILE
+        )
         self.policy.save(directory / "policy", self.averaged)
 
     def restore(self, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Placement:
 
 
 @contextlib.contextmanager
-def connected(recipe: Recipe) -> Iterator[Placement]:
+def connected(recipe: Recipe) -> Generator[Placement]:
     """Ray running and the bundles of the recipe reserved; both are given back at the end.
 
     Raises:
@@ -140,5 +140,3 @@ def _check_resources(bundles: list[dict[str, float]]) -> None:
                 f"lower workers.count or learner.ranks, their {key.lower()}s, or set "
                 "cluster.colocated: true"
             )
-
-

@@ -72,13 +72,20 @@ def _figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]
     rewards = {k: k.split("/")[1] for row in train for k in row if _is(k, "reward/", "/mean")}
     for key, name in rewards.items():
         figures.append((f"Training reward: {name}", _svg(plots.curves(train, {key: name}, name))))
-    held = {k: k.split("/")[1] for row in evaluations for k in row if _is(k, "evaluation/", "/mean")}
+    held = {
+        k: k.split("/")[1] for row in evaluations for k in row if _is(k, "evaluation/", "/mean")
+    }
     for key, name in held.items():
         title = f"Evaluation: {name}" + ("" if name in rewards.values() else " (held out)")
         figures.append((title, _svg(plots.curves(evaluations, {key: name}, name))))
     distances = {k: k for row in evaluations for k in row if k.endswith("/frechet")}
     if distances:
-        figures.append(("Fréchet distance to real data", _svg(plots.curves(evaluations, distances, "distance"))))
+        figures.append(
+            (
+                "Fréchet distance to real data",
+                _svg(plots.curves(evaluations, distances, "distance")),
+            )
+        )
     if any(key.startswith("timestep/") for row in train for key in row):
         figures.append(("By timestep", _svg(plots.timesteps(train, TIMESTEP_PANELS))))
     if train:
@@ -100,7 +107,10 @@ def _grids(run: Path) -> list[tuple[str, str]]:
     paths = sorted((run / "samples").glob("step_*/grid.png"))
     chosen = paths[:1] + paths[1:][-1:]
     return [
-        (p.parent.name.replace("_", " "), "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode())
+        (
+            p.parent.name.replace("_", " "),
+            "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
+        )
         for p in chosen
     ]
 
@@ -116,12 +126,16 @@ def _table(evaluations: plots.Rows) -> dict[str, list[Any]]:
 
 def _costs(train: plots.Rows) -> list[tuple[str, str]]:
     last = train[-1] if train else {}
-    return [(k.removeprefix("cost/"), f"{v:,.0f}") for k, v in last.items() if k.startswith("cost/")]
+    return [
+        (k.removeprefix("cost/"), f"{v:,.0f}") for k, v in last.items() if k.startswith("cost/")
+    ]
 
 
 def _warnings(train: plots.Rows) -> list[str]:
     warnings: list[str] = []
-    failed = {k: sum(r.get(k) or 0 for r in train) for row in train for k in row if k.endswith("/failed")}
+    failed = {
+        k: sum(r.get(k) or 0 for r in train) for row in train for k in row if k.endswith("/failed")
+    }
     warnings += [f"{key}: {int(n)} samples were not scored" for key, n in failed.items() if n]
     dropped = sum(row.get("rollout/dropped_groups") or 0 for row in train)
     if dropped:
@@ -134,7 +148,9 @@ def _warnings(train: plots.Rows) -> list[str]:
         )
     inexact = [row for row in train if row.get("drift/exact") == 0]
     if inexact:
-        warnings.append(f"sampler and learner drift before the first update: {inexact[0]['drift/ratio_p99']:.2g}")
+        warnings.append(
+            f"sampler and learner drift before the first update: {inexact[0]['drift/ratio_p99']:.2g}"
+        )
     return warnings
 
 

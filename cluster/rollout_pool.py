@@ -197,9 +197,7 @@ class RayRolloutPool:
                 self._again(entry, todo, attempts, message)
                 self._kill(entry.worker, ClusterError(message))
 
-    def _again(
-        self, entry: _Running, todo: deque[int], attempts: list[int], message: str
-    ) -> None:
+    def _again(self, entry: _Running, todo: deque[int], attempts: list[int], message: str) -> None:
         if attempts[entry.job] >= MAX_ATTEMPTS:
             raise ClusterError(
                 f"rollout job {entry.job} failed {MAX_ATTEMPTS} times, last on actor "

@@ -45,43 +45,67 @@ def _timesteps(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if isinstance(rl, FlashGRPOConfig) and rl.pool is not None:
         outside = [k for k in rl.pool if not 0 <= k <= steps - 2]
         if outside:
-            yield "rl.pool", (
-                f"indices {outside} are outside the grid: with rollout.steps {steps} an SDE step "
-                f"may be 0 to {steps - 2} (the last step takes no noise)"
+            yield (
+                "rl.pool",
+                (
+                    f"indices {outside} are outside the grid: with rollout.steps {steps} an SDE step "
+                    f"may be 0 to {steps - 2} (the last step takes no noise)"
+                ),
             )
         if len(set(rl.pool)) != len(rl.pool):
             yield "rl.pool", "an index stands in it twice"
     if isinstance(rl, FlowGRPOFastConfig) and rl.window > len(rl.indices(steps)):
-        yield "rl.window", (
-            f"{rl.window} steps do not fit the first half of rollout.steps {steps} "
-            f"({len(rl.indices(steps))} steps)"
+        yield (
+            "rl.window",
+            (
+                f"{rl.window} steps do not fit the first half of rollout.steps {steps} "
+                f"({len(rl.indices(steps))} steps)"
+            ),
         )
     if rl.tail is not None and not rl.indices(steps):
         yield "rl.tail", "there is no injected step to end"
     if rl.tail is not None and rl.tail.steps > steps - 1 - max(rl.indices(steps), default=0):
-        yield "rl.tail.steps", (
-            f"after the last injected step {max(rl.indices(steps))} there are only "
-            f"{steps - 1 - max(rl.indices(steps))} steps; a tail is at most that"
+        yield (
+            "rl.tail.steps",
+            (
+                f"after the last injected step {max(rl.indices(steps))} there are only "
+                f"{steps - 1 - max(rl.indices(steps))} steps; a tail is at most that"
+            ),
         )
     if rl.antithetic and rl.initial_noise != "shared":
-        yield "rl.antithetic", "needs rl.initial_noise: shared, or the pairs differ in more than sign"
+        yield (
+            "rl.antithetic",
+            "needs rl.initial_noise: shared, or the pairs differ in more than sign",
+        )
     if rl.antithetic and recipe.rollout.group_size % 2:
-        yield "rollout.group_size", f"{recipe.rollout.group_size} is odd; antithetic noise needs pairs"
+        yield (
+            "rollout.group_size",
+            f"{recipe.rollout.group_size} is odd; antithetic noise needs pairs",
+        )
 
 
 def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     groups, rl = recipe.rollout.prompts_per_step, recipe.rl
     if groups % rl.minibatches:
-        yield "rl.minibatches", f"{groups} groups (rollout.prompts_per_step) do not divide by {rl.minibatches}"
+        yield (
+            "rl.minibatches",
+            f"{groups} groups (rollout.prompts_per_step) do not divide by {rl.minibatches}",
+        )
     elif (groups // rl.minibatches) % recipe.learner.ranks:
-        yield "learner.ranks", (
-            f"{groups // rl.minibatches} groups per optimiser step do not divide by "
-            f"{recipe.learner.ranks} ranks"
+        yield (
+            "learner.ranks",
+            (
+                f"{groups // rl.minibatches} groups per optimiser step do not divide by "
+                f"{recipe.learner.ranks} ranks"
+            ),
         )
     if recipe.rollout.batch_size < recipe.rollout.group_size:
-        yield "rollout.batch_size", (
-            f"{recipe.rollout.batch_size} holds no group of rollout.group_size "
-            f"{recipe.rollout.group_size}"
+        yield (
+            "rollout.batch_size",
+            (
+                f"{recipe.rollout.batch_size} holds no group of rollout.group_size "
+                f"{recipe.rollout.group_size}"
+            ),
         )
 
 
@@ -93,11 +117,10 @@ def _policy(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     if recipe.policy.lora is not None:
         for target in unmatched_targets(recipe.policy.lora.targets, names):
-            endings = sorted({name.split(".", 2)[-1] for name in names if name.startswith("blocks.0.")})
-            yield "policy.lora.targets", (
-                f"{target!r} matches no linear layer{nearest(target, [e.split('.', 1)[-1] for e in endings])}"
-                f"; there are: {', '.join(endings)}"
-            )
+            block = [name.split(".", 2)[-1] for name in names if name.startswith("blocks.0.")]
+            hint = nearest(target, [ending.split(".", 1)[-1] for ending in block])
+            message = f"{target!r} matches no linear layer{hint}; there are: {', '.join(block)}"
+            yield "policy.lora.targets", message
     try:
         recipe.prompts.load()
     except ValueError as error:
@@ -108,7 +131,10 @@ def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if all(config.weight == 0 for config in recipe.rewards):
         yield "rewards", "every weight is 0: there is nothing to train on"
     seen: set[str] = set()
-    for part, configs in (("rewards", recipe.rewards), ("evaluation.rewards", recipe.evaluation.rewards)):
+    for part, configs in (
+        ("rewards", recipe.rewards),
+        ("evaluation.rewards", recipe.evaluation.rewards),
+    ):
         for index, config in enumerate(configs):
             name = config.name or config.kind
             if name in seen:
@@ -166,5 +192,3 @@ def derived(recipe: Recipe) -> dict[str, str]:
     if jobs % recipe.workers.count:
         numbers["note"] = "rollout jobs do not divide by workers.count: some workers will wait"
     return numbers
-
-

@@ -20,20 +20,22 @@ PolicyConfig = Annotated[WanConfig, Field()]
 class RolloutConfig(FlowSamplerConfig, frozen=True, extra="forbid"):
     """How many samples a step draws, and how."""
 
-    prompts_per_step: int = Field(16, ge=1, description="Groups per step.")
-    group_size: int = Field(8, ge=2, description="Samples of one prompt that are compared.")
+    prompts_per_step: int = Field(default=16, ge=1, description="Groups per step.")
+    group_size: int = Field(default=8, ge=2, description="Samples of one prompt that are compared.")
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
     """AdamW, clipping and the average that is evaluated."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's learning rate.")
-    weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moments.")
-    clip_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
-    warmup_steps: int = Field(0, ge=0, description="Optimiser steps of linear warm-up.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="AdamW's learning rate.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's moments.")
+    clip_norm: float = Field(
+        default=1.0, gt=0, description="Global gradient norm is clipped to this."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Optimiser steps of linear warm-up.")
     ema_decay: float = Field(
-        0.9,
+        default=0.9,
         ge=0,
         lt=1,
         description="Average of the weights, min((1+n)/(10+n), this); it is what is evaluated.",
@@ -43,59 +45,72 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
 class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
     """The DeepSpeed learner ranks."""
 
-    ranks: int = Field(1, ge=1, description="Data-parallel learner ranks.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage; 1 or 2 for adapters.")
-    micro_batch: int = Field(
-        16, ge=1, description="Network evaluations per forward and backward on a rank."
+    ranks: int = Field(default=1, ge=1, description="Data-parallel learner ranks.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1, description="ZeRO stage; 1 or 2 for adapters."
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs per rank; 0 trains on CPU.")
-    cpus: float = Field(1.0, gt=0, description="CPU cores per rank (threads, at least one).")
+    micro_batch: int = Field(
+        default=16, ge=1, description="Network evaluations per forward and backward on a rank."
+    )
+    gpus: float = Field(default=0.0, ge=0, description="GPUs per rank; 0 trains on CPU.")
+    cpus: float = Field(
+        default=1.0, gt=0, description="CPU cores per rank (threads, at least one)."
+    )
 
 
 class WorkersConfig(BaseModel, frozen=True, extra="forbid"):
     """The rollout actors."""
 
-    count: int = Field(1, ge=1, description="Rollout actors.")
-    gpus: float = Field(0.0, ge=0, description="GPUs per actor; a fraction shares one.")
-    cpus: float = Field(1.0, gt=0, description="CPU cores per actor (threads, at least one).")
+    count: int = Field(default=1, ge=1, description="Rollout actors.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs per actor; a fraction shares one.")
+    cpus: float = Field(
+        default=1.0, gt=0, description="CPU cores per actor (threads, at least one)."
+    )
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
     """Where the actors run and how long anything may take."""
 
     address: str = Field(
-        "local", description="local starts Ray on this machine; auto or host:port joins one."
+        default="local",
+        description="local starts Ray on this machine; auto or host:port joins one.",
     )
     colocated: bool = Field(
-        False,
+        default=False,
         description="Rollout actor i and learner rank i share a bundle: they never work at the "
         "same time in sync mode, so each may count on all of its cores or GPU.",
     )
-    start_timeout: float = Field(300.0, gt=0, description="Seconds until all actors are up.")
-    job_timeout: float = Field(600.0, gt=0, description="Seconds one job may take.")
+    start_timeout: float = Field(
+        default=300.0, gt=0, description="Seconds until all actors are up."
+    )
+    job_timeout: float = Field(default=600.0, gt=0, description="Seconds one job may take.")
     max_restarts: int = Field(
-        3, ge=0, description="Restarts of a rollout actor, and of the learner group, per run."
+        default=3,
+        ge=0,
+        description="Restarts of a rollout actor, and of the learner group, per run.",
     )
 
 
 class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
     """The pinned evaluation: ODE, fixed seeds, averaged weights, held-out draws."""
 
-    every: int = Field(20, ge=1, description="Training steps between evaluations.")
-    samples: int = Field(200, ge=1, description="Samples, prompts in turn.")
-    steps: int | None = Field(None, ge=2, description="ODE steps; default the rollout's.")
+    every: int = Field(default=20, ge=1, description="Training steps between evaluations.")
+    samples: int = Field(default=200, ge=1, description="Samples, prompts in turn.")
+    steps: int | None = Field(default=None, ge=2, description="ODE steps; default the rollout's.")
     rewards: tuple[RewardConfig, ...] = Field(
-        (), description="Held-out rewards, scored in evaluation only, never trained against."
+        default=(),
+        description="Held-out rewards, scored in evaluation only, never trained against.",
     )
 
 
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
     """When training state is written and how much is kept."""
 
-    every: int = Field(20, ge=1, description="Training steps between checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    every: int = Field(default=20, ge=1, description="Training steps between checkpoints.")
+    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     keep_best: str | None = Field(
-        None, description="An evaluation metric; the checkpoint where it was highest is kept."
+        default=None,
+        description="An evaluation metric; the checkpoint where it was highest is kept.",
     )
 
 
@@ -105,23 +120,27 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Names the run directory."
     )
-    seed: int = Field(0, ge=0, description="All randomness of the run.")
-    steps: int = Field(100, ge=0, description="Training steps.")
-    policy: PolicyConfig = Field(WanConfig(), description="The model that trains.")
-    prompts: PromptsConfig = Field(DigitPrompts(), description="Where prompts come from.")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="Sampling.")
+    seed: int = Field(default=0, ge=0, description="All randomness of the run.")
+    steps: int = Field(default=100, ge=0, description="Training steps.")
+    policy: PolicyConfig = Field(default=WanConfig(), description="The model that trains.")
+    prompts: PromptsConfig = Field(default=DigitPrompts(), description="Where prompts come from.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
-    rl: AlgorithmConfig = Field(FlashGRPOConfig(), description="The algorithm.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and averaging.")
-    learner: LearnerConfig = Field(LearnerConfig(), description="DeepSpeed ranks.")
-    workers: WorkersConfig = Field(WorkersConfig(), description="Rollout actors.")
-    cluster: ClusterConfig = Field(ClusterConfig(), description="Ray.")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Held-out evaluation.")
-    checkpoints: CheckpointConfig = Field(CheckpointConfig(), description="Saved state.")
-    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        (), description="Trackers beside metrics.jsonl, which is always written."
+    rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="AdamW and averaging."
     )
-    run_dir: Path = Field(Path("runs"), description="Parent of the run directory.")
+    learner: LearnerConfig = Field(default=LearnerConfig(), description="DeepSpeed ranks.")
+    workers: WorkersConfig = Field(default=WorkersConfig(), description="Rollout actors.")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="Held-out evaluation."
+    )
+    checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), description="Saved state.")
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(), description="Trackers beside metrics.jsonl, which is always written."
+    )
+    run_dir: Path = Field(default=Path("runs"), description="Parent of the run directory.")
 
     @property
     def directory(self) -> Path:

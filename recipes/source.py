@@ -69,7 +69,9 @@ def find(path: Path) -> Path:
 
 def packaged() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
+    return sorted(
+        p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml")
+    )
 
 
 def place(tree: Tree, key: Key) -> Location:
@@ -87,7 +89,8 @@ def _extended(path: Path, chain: tuple[Path, ...]) -> Tree:
     names = tree.data.pop("extends")
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise RecipeError([Problem(at, "extends", f"expected a file or a list of files, found {names!r}")])
+        message = f"expected a file or a list of files, found {names!r}"
+        raise RecipeError([Problem(at, "extends", message)])
     chain = (*chain, path.resolve())
     merged: Tree | None = None
     for name in names:
@@ -130,7 +133,9 @@ def _override(tree: Tree, override: str) -> None:
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError([Problem(at, "", "expected key.path=value, for example rl.clip_range=1e-3")])
+        raise RecipeError(
+            [Problem(at, "", "expected key.path=value, for example rl.clip_range=1e-3")]
+        )
     value = parse_tree(text, str(at)).data
     target = tree.data
     key: Key = ()
@@ -189,7 +194,7 @@ def _problem(details: ErrorDetails, tree: Tree, model: type[BaseModel]) -> Probl
             message = "is required and was not given"
         case "union_tag_invalid" | "union_tag_not_found" | "literal_error":
             expected = str(context.get("expected_tags", context.get("expected", "")))
-            options = [word.strip(" '") for word in expected.replace(" or ", ", ").split(",") if word]
+            options = [w.strip(" '") for w in expected.replace(" or ", ", ").split(",") if w]
             if details["type"].startswith("union"):
                 key = (*key, "kind")
                 found = context.get("tag", "nothing")
@@ -206,16 +211,20 @@ def _written(loc: tuple[int | str, ...], data: Any) -> Key:
     """The key path behind pydantic's, which also holds the tags of unions."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif isinstance(data, dict) and data.get("kind") == part and position < len(loc) - 1:
-            continue
-        elif isinstance(data, dict) and "kind" not in data and position < len(loc) - 1:
-            continue
-        key.append(part)
+        inside, data = _step(data, part)
+        tag = isinstance(data, dict) and data.get("kind", part) == part
+        if inside or not (tag and position < len(loc) - 1):
+            key.append(part)
     return tuple(key)
+
+
+def _step(data: Any, part: int | str) -> tuple[bool, Any]:
+    """Whether ``part`` is in ``data``, and what is there (else ``data`` itself)."""
+    if isinstance(data, list):
+        inside = isinstance(part, int) and part < len(data)
+    else:
+        inside = isinstance(data, dict) and part in data
+    return inside, data[part] if inside else data
 
 
 def _fields_at(model: type[BaseModel], data: Any, key: Key) -> set[str]:
@@ -226,7 +235,11 @@ def _fields_at(model: type[BaseModel], data: Any, key: Key) -> set[str]:
         node = _resolved(node, schema, data)
         if part is None:
             break
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = (
+            node.get("items", {})
+            if isinstance(part, int)
+            else node.get("properties", {}).get(part, {})
+        )
         data = data[part]
     return set(node.get("properties", {})) | ({"extends"} if not key else set())
 

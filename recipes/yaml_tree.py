@@ -55,7 +55,15 @@ def read_tree(path: Path) -> Tree:
     tree = parse_tree(text, str(path))
     if not isinstance(tree.data, dict):
         found = "nothing" if tree.data is None else type(tree.data).__name__
-        raise RecipeError([Problem(Location(str(path), 1, 1), "", f"a recipe is a mapping of keys to values; found {found}")])
+        raise RecipeError(
+            [
+                Problem(
+                    Location(str(path), 1, 1),
+                    "",
+                    f"a recipe is a mapping of keys to values; found {found}",
+                )
+            ]
+        )
     return tree
 
 
@@ -84,7 +92,9 @@ class _Builder:
     def build(self, node: Node, key: Key) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(key) > MAX_DEPTH:
-            raise self._error(node, key, "is too large: nested or aliased beyond what a recipe needs")
+            raise self._error(
+                node, key, "is too large: nested or aliased beyond what a recipe needs"
+            )
         self.where.setdefault(key, self._place(node))
         if isinstance(node, MappingNode):
             return self._mapping(node, key)

@@ -108,7 +108,9 @@ def _answers(
     cut = slice(span.start, span.stop)
     part = {name: list(values[cut]) for name, values in columns.items()}
     try:
-        answers = list(function(prompts=list(prompts[cut]), completions=list(completions[cut]), **part))
+        answers: list[Any] = list(
+            function(prompts=list(prompts[cut]), completions=list(completions[cut]), **part)
+        )
         if len(answers) == len(span):
             return answers
         problem: Exception = _WrongLength(f"{len(answers)} scores for {len(span)} completions")
@@ -124,7 +126,7 @@ class _WrongLength(Exception):
     pass
 
 
-def _checked(answer: Any) -> float | None | tuple[Reason, str]:
+def _checked(answer: Any) -> float | tuple[Reason, str] | None:
     if answer is None:
         return None
     if isinstance(answer, _WrongLength):

@@ -37,22 +37,27 @@ class RewardSettings(BaseModel, frozen=True, extra="forbid"):
     """Options of every reward."""
 
     name: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9_.-]{1,60}$",
         description="Its name in metrics; default its kind.",
     )
     weight: float = Field(
-        1.0, allow_inf_nan=False, description="Weight in the advantage; 0 only watches."
+        default=1.0, allow_inf_nan=False, description="Weight in the advantage; 0 only watches."
     )
-    replicas: int = Field(1, ge=1, description="Actors that serve it.")
-    batch_size: int = Field(64, ge=1, description="Samples per call of the reward.")
-    deadline: float = Field(120.0, gt=0, description="Seconds one call may take.")
-    retries: int = Field(3, ge=0, description="Repetitions of a call whose process was lost.")
+    replicas: int = Field(default=1, ge=1, description="Actors that serve it.")
+    batch_size: int = Field(default=64, ge=1, description="Samples per call of the reward.")
+    deadline: float = Field(default=120.0, gt=0, description="Seconds one call may take.")
+    retries: int = Field(
+        default=3, ge=0, description="Repetitions of a call whose process was lost."
+    )
     max_failures: float = Field(
-        0.1, ge=0, le=1, description="Share of a step's samples that may fail; more ends the run."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of a step's samples that may fail; more ends the run.",
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs per replica.")
-    cpus: float = Field(0.0, ge=0, description="CPU cores reserved per replica.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs per replica.")
+    cpus: float = Field(default=0.0, ge=0, description="CPU cores reserved per replica.")
 
     @abstractmethod
     def build(self) -> RewardFunction:

@@ -52,7 +52,7 @@ def real_digits() -> tuple[np.ndarray, np.ndarray]:
     """All 1797 real digits in the order of the split: images (n, 8, 8) in [0, 1], labels (n,)."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.default_rng(PERMUTATION_SEED).permutation(1797)
     return (digits.images[order] / 16).astype(np.float32), digits.target[order]
 
@@ -121,7 +121,11 @@ class DigitHeldOutReward:
         images, labels = images[FIRST_HELD_OUT:], labels[FIRST_HELD_OUT:]
         shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
         shifted = [_shift(image, *shift) for shift in shifts for image in images]
-        self.model = SVC(C=10, gamma=0.25, decision_function_shape="ovo")
+        self.model: Any = SVC(
+            C=10,
+            gamma=0.25,  # type: ignore[arg-type]
+            decision_function_shape="ovo",
+        )
         self.model.fit(np.stack(shifted).reshape(-1, 64), np.tile(labels, len(shifts)))
 
     def __call__(

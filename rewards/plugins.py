@@ -24,7 +24,8 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
         description="package.module:attribute, or the name of an entry point in rectify.rewards."
     )
     arguments: dict[str, Any] = Field(
-        {}, description="Keyword arguments: a class is made with them, a function called with them."
+        default={},
+        description="Keyword arguments: a class is made with them, a function called with them.",
     )
 
     def build(self) -> RewardFunction:

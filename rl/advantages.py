@@ -16,9 +16,10 @@ class AdvantageConfig(BaseModel, frozen=True, extra="forbid"):
     """How rewards become advantages."""
 
     std: Literal["group", "global"] = Field(
-        "global", description="Divide by the group's standard deviation or the whole batch's."
+        default="global",
+        description="Divide by the group's standard deviation or the whole batch's.",
     )
-    clip: float = Field(5.0, gt=0, description="Advantages are clamped to +- this.")
+    clip: float = Field(default=5.0, gt=0, description="Advantages are clamped to +- this.")
 
 
 def group_advantages(
@@ -56,7 +57,9 @@ def _normalised(scores: np.ndarray, config: AdvantageConfig) -> np.ndarray:
     centred = np.where(np.isfinite(scores), scores - means, np.nan)
     # Rounding in the mean would otherwise give a constant group a direction.
     spread = np.nanmax(np.abs(np.where(counts > 0, centred, 0.0)), axis=1, keepdims=True)
-    centred = np.where((spread <= CONSTANT * (1 + np.abs(means))) & (counts > 0), centred * 0, centred)
+    centred = np.where(
+        (spread <= CONSTANT * (1 + np.abs(means))) & (counts > 0), centred * 0, centred
+    )
     if config.std == "group":
         std = np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(counts - 1, 1))
     else:

@@ -36,10 +36,10 @@ class FlashGRPOConfig(GRPOConfig, frozen=True, extra="forbid"):
 
     kind: Literal["flash_grpo"] = "flash_grpo"
     pool: tuple[int, ...] | None = Field(
-        None, min_length=1, description="Grid indices k may take; default the first half."
+        default=None, min_length=1, description="Grid indices k may take; default the first half."
     )
-    iso_temporal: bool = Field(True, description="ITG: one index per group.")
-    rectification: bool = Field(True, description="TGR: divide by lambda(t).")
+    iso_temporal: bool = Field(default=True, description="ITG: one index per group.")
+    rectification: bool = Field(default=True, description="TGR: divide by lambda(t).")
 
     def indices(self, steps: int) -> tuple[int, ...]:
         """The pool on a grid of ``steps``."""

@@ -25,7 +25,7 @@ class FlowGRPOFastConfig(GRPOConfig, frozen=True, extra="forbid"):
     """Flow-GRPO-Fast: a random window of consecutive SDE steps per prompt."""
 
     kind: Literal["flow_grpo_fast"] = "flow_grpo_fast"
-    window: int = Field(2, ge=1, description="Consecutive SDE steps.")
+    window: int = Field(default=2, ge=1, description="Consecutive SDE steps.")
 
     def indices(self, steps: int) -> tuple[int, ...]:
         """The grid indices that a window may cover."""

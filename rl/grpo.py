@@ -26,26 +26,33 @@ class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
     """Options of every member of the family."""
 
     clip_range: float = Field(
-        1e-3, gt=0, lt=1, description="c of the clipped ratio: 1e-4 for images, 1e-3 for Wan."
+        default=1e-3,
+        gt=0,
+        lt=1,
+        description="c of the clipped ratio: 1e-4 for images, 1e-3 for Wan.",
     )
     kl_coefficient: float = Field(
-        0.0, ge=0, description="beta of the KL to the weights before training; 0: none."
+        default=0.0, ge=0, description="beta of the KL to the weights before training; 0: none."
     )
-    advantages: AdvantageConfig = Field(AdvantageConfig(), description="Rewards to advantages.")
+    advantages: AdvantageConfig = Field(
+        default=AdvantageConfig(), description="Rewards to advantages."
+    )
     minibatches: int = Field(
-        1, ge=1, description="Optimiser steps per rollout set, each on its share of the groups."
+        default=1,
+        ge=1,
+        description="Optimiser steps per rollout set, each on its share of the groups.",
     )
-    epochs: int = Field(1, ge=1, description="Passes over a rollout set.")
+    epochs: int = Field(default=1, ge=1, description="Passes over a rollout set.")
     initial_noise: Literal["independent", "shared"] = Field(
-        "independent",
+        default="independent",
         description="shared: a group starts from one noise, so its rewards differ only by what "
         "the loss credits; the common ODE prefix is computed once.",
     )
     antithetic: bool = Field(
-        False, description="Injected noise in pairs of opposite sign; needs shared noise."
+        default=False, description="Injected noise in pairs of opposite sign; needs shared noise."
     )
     tail: TailConfig | None = Field(
-        None, description="Cheaper steps after the last injection in training rollouts."
+        default=None, description="Cheaper steps after the last injection in training rollouts."
     )
 
     @property

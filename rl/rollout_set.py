@@ -23,8 +23,7 @@ def optimiser_steps(
     without items is no optimiser step.
     """
     rewards = {
-        name: np.stack([group.scores[name].values for group in scored])
-        for name in scored[0].scores
+        name: np.stack([group.scores[name].values for group in scored]) for name in scored[0].scores
     }
     advantages = group_advantages(rewards, weights, config.advantages)
     steps = [
@@ -65,6 +64,8 @@ def _reward_metrics(name: str, values: np.ndarray, failed: int) -> Metrics:
     if len(finite) > 1:
         metrics[f"{prefix}/mean"] = float(finite.mean())
         metrics[f"{prefix}/std"] = float(finite.std(ddof=1))
-        spreads = [row[np.isfinite(row)].std(ddof=1) for row in values if np.isfinite(row).sum() > 1]
+        spreads = [
+            row[np.isfinite(row)].std(ddof=1) for row in values if np.isfinite(row).sum() > 1
+        ]
         metrics[f"{prefix}/within_group_std"] = float(np.mean(spreads)) if spreads else 0.0
     return metrics

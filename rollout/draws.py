@@ -104,7 +104,5 @@ def groups_for(
                 order = (epoch, [int(i) for i in permutation])
             prompt = prompts[order[1][position]]
         group_seed = keyed_seed(seed, "group", step, slot, prompt.id)
-        groups.append(
-            Group(step, slot, prompt.id, prompt.text, prompt.columns, size, group_seed)
-        )
+        groups.append(Group(step, slot, prompt.id, prompt.text, prompt.columns, size, group_seed))
     return groups

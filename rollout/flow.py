@@ -32,12 +32,15 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid"):
     """The diffusion coefficient g(t) of the SDE step."""
 
     kind: Literal["wan", "flow", "constant", "capped"] = Field(
-        "wan",
+        default="wan",
         description="wan: sigma_1 t (Flash-GRPO). flow: scale sqrt(t/(1-t)) (Flow-GRPO). "
         "constant: scale (DanceGRPO). capped: flow with std <= 0.45 (GenRL, LongCat).",
     )
     scale: float = Field(
-        0.7, gt=0, le=10, description="a of flow and capped, eta of constant; unused by wan."
+        default=0.7,
+        gt=0,
+        le=10,
+        description="a of flow and capped, eta of constant; unused by wan.",
     )
 
 
@@ -46,7 +49,7 @@ class TailConfig(BaseModel, frozen=True, extra="forbid"):
 
     steps: int = Field(gt=0, description="Steps from the injected noise to sigma 0.")
     solver: Literal["euler", "dpmpp_2m"] = Field(
-        "euler", description="First order, or DPM-Solver++(2M) in its flow form."
+        default="euler", description="First order, or DPM-Solver++(2M) in its flow form."
     )
 
 

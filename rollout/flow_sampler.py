@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,16 +28,18 @@ from rollout.policies.base import FlowPolicy, forwards_per_sample
 class FlowSamplerConfig(BaseModel, frozen=True, extra="forbid"):
     """How a flow policy is sampled."""
 
-    steps: int = Field(20, ge=2, le=1000, description="Steps of the grid.")
-    shift: float = Field(3.0, gt=0, description="Timestep shift: 3 at 480p, 5 at 720p.")
+    steps: int = Field(default=20, ge=2, le=1000, description="Steps of the grid.")
+    shift: float = Field(default=3.0, gt=0, description="Timestep shift: 3 at 480p, 5 at 720p.")
     guidance_scale: float = Field(
-        1.0, ge=0, description="Classifier-free guidance; 1 needs no unconditional branch."
+        default=1.0, ge=0, description="Classifier-free guidance; 1 needs no unconditional branch."
     )
     diffusion: DiffusionConfig = Field(
-        DiffusionConfig(), description="Diffusion coefficient of SDE steps."
+        default=DiffusionConfig(), description="Diffusion coefficient of SDE steps."
     )
     batch_size: int = Field(
-        64, gt=0, description="Samples that a worker draws together; a job holds whole groups."
+        default=64,
+        gt=0,
+        description="Samples that a worker draws together; a job holds whole groups.",
     )
 
     def grid(self) -> FlowGrid:
@@ -159,9 +162,7 @@ class FlowSampler:
             sigmas[start + round(j * (self.grid.steps - start) / tail)] for j in range(tail + 1)
         ]
         solver = plan.tail.solver
-        return steps[:start] + [
-            (a, b, None, solver) for a, b in zip(knots[:-1], knots[1:], strict=True) if a > b
-        ]
+        return steps[:start] + [(a, b, None, solver) for a, b in itertools.pairwise(knots) if a > b]
 
     def _advance(self, tracks: list[_Track], conditions: Tensor, phase: int) -> None:
         """One step of every track; tracks are rows of one batch whatever their plans."""

@@ -17,7 +17,9 @@ class DigitPrompts(BaseModel, frozen=True, extra="forbid"):
     """The ten handwritten digits, asked for by name; with ``moving`` each in four directions."""
 
     kind: Literal["digits"] = "digits"
-    moving: bool = Field(False, description="Ask for a direction of motion too (4-frame video).")
+    moving: bool = Field(
+        default=False, description="Ask for a direction of motion too (4-frame video)."
+    )
 
     def load(self) -> list[Prompt]:
         """The prompts with the column ``digit`` (and ``direction``)."""
@@ -38,7 +40,9 @@ class FilePrompts(BaseModel, frozen=True, extra="forbid"):
     """Prompts from a file: ``.txt`` (one a line) or ``.jsonl`` (``prompt``, optional ``id``)."""
 
     kind: Literal["file"] = "file"
-    path: Path = Field(description="A .txt or .jsonl file; further jsonl keys become reward columns.")
+    path: Path = Field(
+        description="A .txt or .jsonl file; further jsonl keys become reward columns."
+    )
 
     def load(self) -> list[Prompt]:
         """The prompts in file order.
@@ -60,8 +64,10 @@ class FilePrompts(BaseModel, frozen=True, extra="forbid"):
         seen: dict[str, int] = {}
         for position, prompt in enumerate(prompts, 1):
             if prompt.id in seen:
-                raise ValueError(f"{self.path}: prompts {seen[prompt.id]} and {position} share the "
-                                 f"id {prompt.id!r}")
+                raise ValueError(
+                    f"{self.path}: prompts {seen[prompt.id]} and {position} share the "
+                    f"id {prompt.id!r}"
+                )
             seen[prompt.id] = position
         return prompts
 
@@ -71,7 +77,9 @@ class FilePrompts(BaseModel, frozen=True, extra="forbid"):
         try:
             row: Any = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}:{number}:{error.colno}: not JSON: {error.msg}") from error
+            raise ValueError(
+                f"{self.path}:{number}:{error.colno}: not JSON: {error.msg}"
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{self.path}:{number}: each line needs {{"prompt": "..."}}')
         columns = {key: value for key, value in row.items() if key not in ("prompt", "id")}

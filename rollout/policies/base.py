@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ class FlowPolicy(ABC):
         latent_shape: (channels, frames, height, width) of one sample in the space of the flow.
     """
 
-    module: nn.Module
+    module: Any
     latent_shape: tuple[int, ...]
 
     @property
     def device(self) -> torch.device:
         """Where the network lives."""
-        return next(self.module.parameters()).device
+        return next(iter(self.module.parameters())).device
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:

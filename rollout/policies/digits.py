@@ -54,7 +54,7 @@ def training_digits() -> tuple[np.ndarray, np.ndarray]:
     """The generator's share of the real digits: images (897, 8, 8) in [-1, 1] and labels (897,)."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     chosen = np.random.default_rng(PERMUTATION_SEED).permutation(1797)[:TRAINING_IMAGES]
     return (digits.images[chosen] / 8 - 1).astype(np.float32), digits.target[chosen]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,10 +35,10 @@ CPU_BATCH = 4
 class LoraAdapter(BaseModel, frozen=True, extra="forbid"):
     """A low-rank adapter through peft, on the modules whose names end in one of ``targets``."""
 
-    rank: int = Field(16, gt=0, description="Rank r.")
-    alpha: float = Field(32.0, gt=0, description="Scale; the update is alpha/rank B A.")
+    rank: int = Field(default=16, gt=0, description="Rank r.")
+    alpha: int = Field(default=32, gt=0, description="Scale; the update is alpha/rank B A.")
     targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"),
+        default=("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
         description="Name endings of the linear layers that get an adapter.",
     )
@@ -49,17 +49,17 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["wan"] = "wan"
     checkpoint: str = Field(
-        "digits",
+        default="digits",
         description="digits, moving-digits (embedded, trained once and cached), or a directory.",
     )
     lora: LoraAdapter | None = Field(
-        None, description="Train an adapter; without it all parameters train."
+        default=None, description="Train an adapter; without it all parameters train."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Compute type of the forward; trained parameters stay fp32."
+        default="float32", description="Compute type of the forward; trained parameters stay fp32."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass."
+        default=False, description="Recompute activations in the backward pass."
     )
 
     def directory(self) -> Path:
@@ -137,12 +137,12 @@ class WanPolicy(FlowPolicy):
 
         self.config = config
         self.conditions: dict[str, Any] = json.loads((directory / "conditions.json").read_text())
-        transformer = WanTransformer3DModel.from_pretrained(directory / "transformer")
-        self.module = prepare_transformer(transformer, config, seed).to(device)
-        self._frozen = None
+        transformer: Any = WanTransformer3DModel.from_pretrained(directory / "transformer")
+        self.module: Any = prepare_transformer(transformer, config, seed).to(device)
+        self._frozen: Any = None
         if reference and config.lora is None:
             self._frozen = copy.deepcopy(self.module).requires_grad_(False)
-        self._network: torch.nn.Module = self.module
+        self._network: Any = self.module
         self.latent_shape = tuple(self.conditions["latent_shape"])
         self._width: int = transformer.config["text_dim"]
 
@@ -177,7 +177,7 @@ class WanPolicy(FlowPolicy):
         return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> Generator[None]:
         """The base without its adapter, or the frozen copy that ``reference=True`` kept."""
         if self.config.lora is not None:
             self.module.disable_adapters()
@@ -201,9 +201,7 @@ class WanPolicy(FlowPolicy):
         (directory / "conditions.json").write_text(json.dumps(self.conditions))
 
 
-def prepare_transformer(
-    transformer: WanTransformer3DModel, config: WanConfig, seed: int
-) -> WanTransformer3DModel:
+def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, seed: int) -> Any:
     """Set what trains: a Gaussian-initialised adapter, or everything.
 
     Raises:
@@ -238,7 +236,7 @@ def prepare_transformer(
 
 
 def save_transformer(
-    transformer: torch.nn.Module, weights: Mapping[str, Tensor], directory: Path, adapter: bool
+    transformer: Any, weights: Mapping[str, Tensor], directory: Path, adapter: bool
 ) -> None:
     """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them.
 
@@ -249,7 +247,7 @@ def save_transformer(
         from diffusers import WanPipeline
         from peft import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(transformer, state_dict=values)
+        layers: Any = get_peft_model_state_dict(transformer, state_dict=values)
         WanPipeline.save_lora_weights(directory, transformer_lora_layers=layers)
         return
     from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
