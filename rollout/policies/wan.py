@@ -248,7 +248,12 @@ def save_transformer(
         from peft import get_peft_model_state_dict
 
         layers: Any = get_peft_model_state_dict(transformer, state_dict=values)
-        WanPipeline.save_lora_weights(directory, transformer_lora_layers=layers)
+        # Without the adapter's own metadata a loader assumes alpha = rank: another scale.
+        WanPipeline.save_lora_weights(
+            directory,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
         return
     from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
