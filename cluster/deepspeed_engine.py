@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.engine import MOMENTS, ObjectiveModule, adamw
 from recipes.schema import LearnerConfig, OptimizerConfig
@@ -80,8 +80,11 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # Stage 0 clips without keeping the norm; its gradients are whole and already averaged.
+        gradients = [p.grad for p in self.parameters.values()] if self.stage == 0 else []
+        norm = nn.utils.get_total_norm(gradients)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return float(norm if self.stage == 0 else self.engine.get_global_grad_norm())
 
     def weights(self) -> dict[str, Tensor]:
         """See ``Engine``."""
@@ -118,8 +121,6 @@ class DeepSpeedEngine:
         self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int
     ) -> None:
         """See ``Engine``. Sets the fp32 partitions *and* the module: the forward uses the latter."""
-        if moments and self.stage > 0:
-            self._create_state()
         for name, parameter in self.parameters.items():
             self._set_weight(parameter, weights[name])
             for key in MOMENTS if moments else ():
@@ -127,20 +128,6 @@ class DeepSpeedEngine:
         if moments:
             for state in self._base_optimizer().state.values():
                 state["step"] = torch.tensor(float(steps))
-
-    def _create_state(self) -> None:
-        """One step with zero gradients: AdamW's state exists only after a step. All is overwritten."""
-        with torch.enable_grad():
-            if self.stage == 3:
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
-                    zero = sum((p * 0).sum() for p in self.parameters.values())
-            else:
-                zero = sum((p * 0).sum() for p in self.parameters.values())
-        self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.backward(zero)
-        self.engine.step()
 
     def _set_weight(self, parameter: Any, value: Tensor) -> None:
         value = value.to(parameter.device, torch.float32)

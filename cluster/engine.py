@@ -58,7 +58,7 @@ class Engine(Protocol):
     def restore(
         self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int
     ) -> None:
-        """Set parameters, moments and the step count; the next step continues from there."""
+        """Set parameters, moments and the step count, after a step that made the optimiser's state."""
         ...
 
 

@@ -126,6 +126,11 @@ class LearnerRank:
                 parts[kind][name] = tensor
             else:
                 parts["moment"][key] = tensor
+        if parts["moment"]:
+            # Optimisers make their state at the first step; an empty one makes it, to be overwritten.
+            (empty,) = self._batches([], 1, ())
+            self.engine.backward(self.engine.forward(empty)[0], last=True)
+            self.engine.step(0.0)
         self.engine.restore(parts["weight_fp32"], parts["moment"], self.steps)
         if self.rank == 0:
             self.averaged = {n: t.to(self.policy.device) for n, t in parts["ema"].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -51,23 +51,25 @@ def call_reward(
     """Scores of all completions; never raises for a mistake of the reward's own.
 
     A batch that raises, or answers with another number of scores, is repeated sample by sample, so
-    that one bad sample costs only itself. Columns that the function does not accept are left out.
+    that one bad sample costs only itself. What the function's signature does not name (prompts and
+    completions too) is left out; with ``**columns`` it gets everything.
     """
     values = np.full(len(prompts), np.nan)
     failures: list[Failure] = []
     not_scored = 0
-    accepted = _accepted(function, columns)
+    given = {"prompts": prompts, "completions": completions, **columns}
+    accepted = _accepted(function, given)
     for start in range(0, len(prompts), batch_size):
         span = range(start, min(start + batch_size, len(prompts)))
-        answers = _answers(function, prompts, completions, accepted, span)
+        answers = _answers(function, accepted, span)
         for index, answer in zip(span, answers, strict=True):
             checked = _checked(answer)
-            if isinstance(checked, float):
-                values[index] = checked
-            elif checked is None:
+            if checked is None:
                 not_scored += 1
-            else:
+            elif isinstance(checked, tuple):
                 failures.append(Failure(name, prompts[index], index, *checked))
+            else:
+                values[index] = checked
     return Scores(values, tuple(failures), not_scored)
 
 
@@ -88,53 +90,58 @@ def check_failures(scores: Scores, settings: RewardSettings, name: str) -> None:
 
 
 def _accepted(
-    function: RewardFunction, columns: Mapping[str, Sequence[Any]]
+    function: Callable[..., Any], given: Mapping[str, Sequence[Any]]
 ) -> Mapping[str, Sequence[Any]]:
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # compiled code need not have a readable signature
+        return given
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return columns
+        return given
     names = {p.name for p in parameters}
-    return {name: values for name, values in columns.items() if name in names}
+    return {name: values for name, values in given.items() if name in names}
 
 
 def _answers(
-    function: RewardFunction,
-    prompts: Sequence[str],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-    span: range,
+    function: Callable[..., Any], given: Mapping[str, Sequence[Any]], span: range
 ) -> list[Any]:
     """An answer for each index; an exception stands for itself."""
-    cut = slice(span.start, span.stop)
-    part = {name: list(values[cut]) for name, values in columns.items()}
+    part = {name: list(values[span.start : span.stop]) for name, values in given.items()}
     try:
-        answers: list[Any] = list(
-            function(prompts=list(prompts[cut]), completions=list(completions[cut]), **part)
-        )
-        if len(answers) == len(span):
-            return answers
-        problem: Exception = _WrongLength(f"{len(answers)} scores for {len(span)} completions")
+        answer: Any = function(**part)
+        if not isinstance(answer, Iterable):
+            raise _Malformed("wrong_type", f"{answer!r} is no list of scores")
+        answers: list[Any] = list(answer)
+        if len(answers) != len(span):
+            raise _Malformed("wrong_length", f"{len(answers)} scores for {len(span)} completions")
+        return answers
     except Exception as error:  # noqa: BLE001  the reward is somebody else's code: name its error
-        problem = error
-    if len(span) == 1:
-        return [problem]
-    singles = [range(i, i + 1) for i in span]
-    return [_answers(function, prompts, completions, columns, one)[0] for one in singles]
+        if len(span) == 1:
+            return [error]
+    return [_answers(function, given, range(i, i + 1))[0] for i in span]
 
 
-class _WrongLength(Exception):
-    pass
+class _Malformed(Exception):
+    """The reward answered, but not with one score for each completion."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 def _checked(answer: Any) -> float | tuple[Reason, str] | None:
     if answer is None:
         return None
-    if isinstance(answer, _WrongLength):
-        return "wrong_length", str(answer)
+    if isinstance(answer, _Malformed):
+        return answer.reason, str(answer)
     if isinstance(answer, Exception):
         return "exception", f"{type(answer).__name__}: {answer}"
     if isinstance(answer, bool | np.bool_) or not isinstance(answer, Real):
         return "wrong_type", f"{answer!r} is no number"
-    if not math.isfinite(float(answer)):
-        return "not_finite", f"it answered {float(answer)}"
-    return float(answer)
+    try:
+        score = float(answer)
+    except OverflowError:  # an int beyond fp64
+        return "not_finite", "it answered a number too large for fp64"
+    if not math.isfinite(score):
+        return "not_finite", f"it answered {score}"
+    return score

@@ -1,8 +1,8 @@
 """Rewards on handwritten digits: a classifier to train against, and another one that never is.
 
 Both learn from the 900 real digits that the embedded generator has not seen. They differ in kind (a
-small convolutional network; scikit-learn's support vector machine), so that what fools one need not fool the
-other: when the trained reward rises and the held-out one does not, that is reward hacking.
+small convolutional network; scikit-learn's support vector machine), so that what fools one need not
+fool the other: when the trained reward rises and the held-out one does not, that is reward hacking.
 """
 
 from __future__ import annotations
@@ -61,16 +61,36 @@ def asked_digits(prompts: list[str], digit: list[int | None] | None) -> list[int
     """The digit of each sample: the column, or the first one in the prompt.
 
     Raises:
-        ValueError: neither names a digit.
+        ValueError: neither names a digit, or the column has something else than 0 to 9.
     """
     asked: list[int] = []
     for position, prompt in enumerate(prompts):
         given = digit[position] if digit is not None else None
-        found = re.search(r"\b\d\b", prompt)
-        if given is None and found is None:
-            raise ValueError(f"prompt {prompt!r} names no digit and there is no column 'digit'")
-        asked.append(int(given) if given is not None else int(found.group()))  # type: ignore[union-attr]
+        if given is None:
+            found = re.search(r"\b\d\b", prompt)
+            if found is None:
+                raise ValueError(f"prompt {prompt!r} names no digit and there is no column 'digit'")
+            given = int(found.group())
+        if given not in range(10):
+            raise ValueError(f"column 'digit' of prompt {prompt!r} is {given!r}, not 0 to 9")
+        asked.append(int(given))
     return asked
+
+
+def pixels_of(completions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (all frames, 64) in [0, 1], and the frame (n - 1,) at which each next sample begins.
+
+    Raises:
+        ValueError: a completion is not uint8 (frames, 8, 8, 1).
+    """
+    for media in completions:
+        # Any other size would pass the reshape and be scored as if it were more frames.
+        if media.dtype != np.uint8 or media.ndim != 4 or media.shape[1:] != (8, 8, 1):
+            raise ValueError(
+                f"digit rewards take uint8 (frames, 8, 8, 1), not {media.dtype} {media.shape}"
+            )
+    pixels = np.concatenate(completions).reshape(-1, 64).astype(np.float32) / 255
+    return pixels, np.cumsum([len(media) for media in completions])[:-1]
 
 
 class DigitLogProbReward:
@@ -101,10 +121,10 @@ class DigitLogProbReward:
         """(n, 10), averaged over frames."""
         import torch
 
-        frames = np.concatenate(completions).reshape(-1, 1, 8, 8).astype(np.float32) / 255
-        out = self.network(torch.from_numpy(frames)).log_softmax(-1).numpy()
-        counts = np.cumsum([len(media) for media in completions])[:-1]
-        return np.stack([part.mean(0) for part in np.split(out, counts)])
+        pixels, starts = pixels_of(completions)
+        frames = torch.from_numpy(pixels.reshape(-1, 1, 8, 8))
+        out = self.network(frames).log_softmax(-1).numpy()
+        return np.stack([part.mean(0) for part in np.split(out, starts)])
 
 
 class DigitHeldOutReward:
@@ -149,7 +169,8 @@ class DigitHeldOutReward:
     ) -> dict[str, float]:
         """accuracy, frechet (to all real digits, in features), recall/<digit>, diversity.
 
-        Diversity is the mean distance between features of one digit, over that of the real ones.
+        Diversity is the root mean square distance between features of two samples of one digit,
+        averaged over digits, relative to the real ones.
         """
         asked = np.array(asked_digits(prompts, digit))
         features, seen = self._look(completions)
@@ -175,9 +196,8 @@ class DigitHeldOutReward:
 
     def _look(self, completions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Features averaged over the frames of each sample, and the digit they vote for."""
-        frames = np.concatenate(completions).reshape(-1, 64).astype(np.float32) / 255
-        counts = np.cumsum([len(media) for media in completions])[:-1]
-        features = np.stack([part.mean(0) for part in np.split(self.margins(frames), counts)])
+        pixels, starts = pixels_of(completions)
+        features = np.stack([part.mean(0) for part in np.split(self.margins(pixels), starts)])
         return features, votes(features)
 
 
@@ -193,7 +213,7 @@ def votes(margins: np.ndarray) -> np.ndarray:
 
 
 def _spread(features: np.ndarray) -> float:
-    """Mean distance between two of (n, d): from the variance, which needs no n x n table."""
+    """RMS distance between two of (n, d): from the variance, which needs no n x n table."""
     return float(np.sqrt(2 * features.var(0, ddof=1).sum()))
 
 
