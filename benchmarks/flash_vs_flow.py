@@ -3,12 +3,13 @@
     python benchmarks/flash_vs_flow.py [--seeds 3] [--processes 2]
 
 Six algorithms, each with independent and with shared initial noise in the group (Flash-GRPO twice,
-the second time with a two-step second-order tail after the injected step). Every one of the
-twelve is tuned the same way: learning rate and advantage scaling are the best of a grid on a seed of
-its own, then fixed for the reported seeds. Compute counts network evaluations of training per sample: rollout forwards
-and learner forwards count 1, backwards 2; evaluation is free for all. The result is the compute and
-the seconds (steps to there, times the step's time measured alone on one core) at which the held-out accuracy (500 fixed ODE draws, averaged weights, a classifier never
-trained against) first reaches a threshold. Writes docs/benchmarks/flash_vs_flow.{json,md,png}.
+the second time with a two-step second-order tail after the injected step). Every one of the twelve
+is tuned the same way: learning rate and advantage scaling are the best of a grid on a seed of its
+own, then fixed for the reported seeds. Compute counts network evaluations of training per sample:
+rollout and learner forwards count 1, backwards 2; evaluation is free for all. The result is the
+compute, and the seconds (steps to there times a step's time measured alone on one core), at which
+the held-out accuracy (500 fixed ODE draws, averaged weights, a classifier never trained against)
+first reaches a threshold. Writes docs/benchmarks/flash_vs_flow.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def one_run(
 
 def step_seconds(algorithm: str, noise: str, rate: float, std: str) -> float:
     """Median wall time of a training step, alone on one core."""
-    trainer, recorder = build(algorithm, noise, rate, std, TUNING_SEED, 2.0)
+    trainer, _ = build(algorithm, noise, rate, std, TUNING_SEED, 2.0)
     trainer.pool.load(trainer.learner.publish(0))
     times: list[float] = []
     for _ in range(7):

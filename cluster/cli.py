@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -142,7 +142,7 @@ def _checked(path: Path, overrides: list[str] | None) -> Loaded[Recipe]:
     return loaded
 
 
-def _refuse(message: str) -> Any:
+def _refuse(message: str) -> NoReturn:
     err.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(2)
 

@@ -92,16 +92,18 @@ class DeepSpeedEngine:
             return {name: p.detach() for name, p in self.parameters.items()}
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+        gather: Any = safe_get_full_fp32_param
+        return {name: gather(p) for name, p in self.parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:
         """See ``Engine``."""
-        return {
-            f"{name}.{key}": value
-            for name, p in self.parameters.items()
-            for key in MOMENTS
-            if (value := self._moment(p, key)) is not None
-        }
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                value = self._moment(parameter, key)
+                if value is not None:
+                    moments[f"{name}.{key}"] = value
+        return moments
 
     def _moment(self, parameter: Any, key: str) -> Tensor | None:
         if self.stage == 0:

@@ -82,8 +82,8 @@ class RayLearner:
     def __init__(self, recipe: Recipe, placement: Placement, log_dir: str) -> None:
         self.recipe = recipe
         learner, colocated = recipe.learner, recipe.cluster.colocated
-        actor = ray.remote(RankActor)
-        self.ranks = [
+        actor: Any = ray.remote(RankActor)
+        self.ranks: list[Any] = [
             actor.options(
                 **actor_options(
                     placement,

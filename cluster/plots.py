@@ -59,7 +59,7 @@ def timesteps(rows: Rows, quantities: Mapping[str, str]) -> bytes:
         means = [np.mean(series(rows, f"timestep/{i}/{quantity}")[1] or [np.nan]) for i in indices]
         axes.bar([str(i) for i in indices], means, color=COLORS[place % len(COLORS)])
         if quantity == "ratio_mean":
-            centre = max(abs(np.nanmax(means) - 1), abs(np.nanmin(means) - 1), 1e-6)
+            centre = max(float(np.nanmax(np.abs(np.array(means) - 1))), 1e-6)
             axes.set_ylim(1 - 2 * centre, 1 + 2 * centre)
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("timestep index", fontsize=8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,12 @@ class LearnerRank:
         weights = self.engine.weights()
         if self.rank == 0:
             targets = [weights[name] for name in self.averaged]
-            torch._foreach_lerp_(list(self.averaged.values()), targets, 1 - decay)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]
+                list(self.averaged.values()), targets, 1 - decay
+            )
 
 
-def _join(tables: Sequence[Table]) -> Mapping[str, Any]:
+def _join(tables: Sequence[Table]) -> dict[str, Any]:
     columns = tables[0].keys() if tables else ()
     return {
         key: np.concatenate([table[key].detach().cpu().numpy() for table in tables])

@@ -59,7 +59,7 @@ class RayScorer:
 
     def _serve(self, recipe: Recipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
-        actor = ray.remote(RewardWorker)
+        actor: Any = ray.remote(RewardWorker)
         cpu_only = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         replicas = [
             actor.options(
@@ -113,11 +113,11 @@ class RayScorer:
             (one, one.next().describe.remote(prompts, columns, *media))
             for one in [*self.training, *self.held_out]
         ]
-        return {
-            f"{reward_name(one.config)}/{key}": value
-            for one, answer in answers
-            for key, value in ray.get(answer, timeout=one.config.deadline).items()
-        }
+        metrics: Metrics = {}
+        for one, answer in answers:
+            described: Any = ray.get(answer, timeout=one.config.deadline)
+            metrics |= {f"{reward_name(one.config)}/{key}": v for key, v in described.items()}
+        return metrics
 
     def take_seconds(self) -> float:
         """See ``rl.contracts.Scorer``."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from cluster.jobs import partition, sampled
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
@@ -67,7 +68,8 @@ class RayRolloutPool:
         self.weights: Weights | None = None
         self.restarts = 0
         workers, colocated = recipe.workers, recipe.cluster.colocated
-        actor = ray.remote(concurrency_groups={"health": 1})(RolloutWorker)
+        remote: Any = ray.remote  # its stubs know no concurrency_groups
+        actor = remote(concurrency_groups={"health": 1})(RolloutWorker)
         self.workers = [
             _Worker(
                 index,
@@ -101,7 +103,7 @@ class RayRolloutPool:
         answers: list[Health] = []
         for worker in self.workers:
             try:
-                health = ray.get(
+                health: Any = ray.get(
                     self._health(worker), timeout=max(deadline - time.monotonic(), 0.1)
                 )
             except (TIMEOUT, *LOST) as error:
@@ -243,8 +245,9 @@ class RayRolloutPool:
     def _answer(self, worker: _Worker) -> Health | None:
         probe, worker.probe = worker.probe, None
         try:
-            return ray.get(probe)
-        except ray.exceptions.ActorUnavailableError:
+            health: Any = ray.get(probe)
+            return health
+        except ActorUnavailableError:
             return None
         except LOST as error:
             logger.error("rollout actor %d does not come back: %s", worker.index, error)

@@ -96,7 +96,7 @@ class WandbTracker:
     """Weights & Biases; the run's own name as id, so that a resume continues it."""
 
     def __init__(self, run: Path) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self.run = wandb.init(project="rectify", name=run.name, id=run.name, resume="allow")
 
@@ -113,7 +113,7 @@ class MLflowTracker:
     """MLflow at MLFLOW_TRACKING_URI (default: ./mlruns); a resume continues the run of this name."""
 
     def __init__(self, run: Path) -> None:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         self.mlflow = mlflow
         mlflow.set_experiment("rectify")

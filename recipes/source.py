@@ -161,12 +161,10 @@ def _element(target: list[Any], step: str | int, at: Location, key: str) -> Any:
 
 
 def _assign(tree: Tree, target: Any, last: str, key: Key, value: Any, at: Location) -> None:
+    step: Any = int(last) if isinstance(target, list) and last.isdigit() else last
     if isinstance(target, list):
-        step: str | int = int(last) if last.isdigit() else last
         _element(target, step, at, dotted((*key, step)))
-    elif isinstance(target, dict):
-        step = last
-    else:
+    elif not isinstance(target, dict):
         raise RecipeError([Problem(at, dotted((*key, last)), f"{dotted(key)} has no parts")])
     path = (*key, step)
     for stale in [k for k in tree.where if k[: len(path)] == path]:
@@ -220,11 +218,10 @@ def _written(loc: tuple[int | str, ...], data: Any) -> Key:
 
 def _step(data: Any, part: int | str) -> tuple[bool, Any]:
     """Whether ``part`` is in ``data``, and what is there (else ``data`` itself)."""
-    if isinstance(data, list):
-        inside = isinstance(part, int) and part < len(data)
-    else:
-        inside = isinstance(data, dict) and part in data
-    return inside, data[part] if inside else data
+    try:
+        return True, data[part]
+    except (KeyError, IndexError, TypeError):
+        return False, data
 
 
 def _fields_at(model: type[BaseModel], data: Any, key: Key) -> set[str]:

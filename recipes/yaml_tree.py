@@ -118,7 +118,7 @@ class _Builder:
 
     def _scalar(self, node: ScalarNode, key: Key) -> Any:
         text: str = node.value
-        if node.tag and not node.tag.startswith("tag:yaml.org,2002:"):
+        if not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
             raise self._error(node, key, f"the tag {node.tag!r} is not allowed")
         if node.style is not None:
             return text

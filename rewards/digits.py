@@ -72,7 +72,9 @@ def asked_digits(prompts: list[str], digit: list[int | None] | None) -> list[int
                 raise ValueError(f"prompt {prompt!r} names no digit and there is no column 'digit'")
             given = int(found.group())
         if given not in range(10):
-            raise ValueError(f"column 'digit' of prompt {prompt!r} is {given!r}, not 0 to 9")
+            raise ValueError(
+                f"column 'digit' of prompt {prompt!r} is {given!r}, not an integer 0 to 9"
+            )
         asked.append(int(given))
     return asked
 
@@ -218,18 +220,22 @@ def _spread(features: np.ndarray) -> float:
 
 
 def _network() -> torch.nn.Sequential:
+    """Always the same start; the caller's random state is left as it was."""
+    import torch
     from torch import nn
 
-    return nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(24, 48, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(48 * 16, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 24, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(24, 48, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(48 * 16, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
 
 
 def _augmented(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,9 +258,7 @@ def _shift(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
 def _train_network() -> dict[str, np.ndarray]:
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = _network()
+    network = _network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = np.random.default_rng(0)

@@ -74,9 +74,8 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
         spec = find_module(module)
         if spec is None:
             hint = _nearest(module, _modules_beside(module))
-            return (
-                f"module {module!r} is not importable here{hint}; install it or put it on PYTHONPATH"
-            )
+            remedy = "install it or put it on PYTHONPATH"
+            return f"module {module!r} is not importable here{hint}; {remedy}"
         return _missing(spec, attribute.partition(".")[0])
 
     def _load(self) -> Any:

@@ -92,7 +92,9 @@ def test_ranks_train_like_plain_pytorch(digits_recipe, placement, tmp_path: Path
             moved = max(np.abs(arrays(learner)[n] - w).max() for n, w in start_weights.items())
             assert moved > 1e-3
             assert update.grad_norms == pytest.approx(expected.grad_norms, rel=1e-3)
-            assert np.sort(update.table["loss"]) == pytest.approx(np.sort(expected.table["loss"]), abs=1e-4)
+            assert np.sort(update.table["loss"]) == pytest.approx(
+                np.sort(expected.table["loss"]), abs=1e-4
+            )
         finally:
             learner.stop()
 

@@ -45,7 +45,11 @@ def command(path: Path, *arguments: str) -> list[str]:
 def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
     log = (path / "output.txt").open("a")
     return subprocess.Popen(
-        command(path, *arguments), stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command(path, *arguments),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_ode_plan_is_a_plain_euler_loop(sampler: FlowSampler, base_policy: WanPo
     condition = base_policy.encode([group.prompt] * SIZE)
     sigmas = torch.tensor(sampler.grid.sigmas)
     with torch.no_grad():
-        for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for a, b in itertools.pairwise(sigmas):
             v = base_policy.velocity(x, a.expand(SIZE), condition)
             x = ode_step(x, v, a.expand(SIZE), b.expand(SIZE))
     np.testing.assert_array_equal(rollout.media, base_policy.decode(x))
@@ -153,7 +155,9 @@ def test_replay_is_exact_whatever_the_micro_batch(lora_policy: WanPolicy, size: 
     groups = draw_groups(4)
     rollouts = sampler.sample(groups, algorithm.plans(0, groups))
     ones = np.ones(SIZE)
-    items = [Item(r.transitions, len(r.transitions.x), r.group.prompt, ones, ones) for r in rollouts]
+    items = [
+        Item(r.transitions, len(r.transitions.x), r.group.prompt, ones, ones) for r in rollouts
+    ]
     count = -(-sum(i.nodes for i in items) // size)
     ratios = [
         algorithm.loss(lora_policy, batch)[1]["ratio"]

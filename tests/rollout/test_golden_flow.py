@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -110,7 +112,7 @@ def test_gaussian_data_keeps_its_mean_and_nearly_its_variance(
     data_mean, data_var = 1.5, 0.25
     sigmas = shifted_sigmas(20, 1.0, sigma_max=1.0)
     mean, var = 0.0, 1.0
-    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, t_next in itertools.pairwise(sigmas):
         total = (1 - t) ** 2 * data_var + t**2
         slope = (t - (1 - t) * data_var) / total
 
