@@ -19,7 +19,9 @@ class Progress:
 
     def __init__(self, total: int, done: int, console: Console) -> None:
         self.total, self.console = total, console
-        self.started, self.first = time.monotonic(), done
+        # The clock starts with the first step: starting actors says nothing about the rest.
+        self.started: float | None = None
+        self.first = done
         self.every = max(total // PLAIN_LINES, 1)
         self.bar = Bar(
             TextColumn("{task.description}"),
@@ -42,9 +44,11 @@ class Progress:
     def step(self, step: int, metrics: Metrics) -> None:
         """After each training step."""
         numbers = summary(metrics)
+        now = time.monotonic()
+        self.started = self.started or now - metrics["time/step"]
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step % self.every == 0 or step == self.total):
-            pace = (time.monotonic() - self.started) / max(step - self.first, 1)
+            pace = (now - self.started) / max(step - self.first, 1)
             left = pace * (self.total - step)
             self.message(f"step {step}/{self.total}  {numbers}  ETA {left:.0f} s")
 
