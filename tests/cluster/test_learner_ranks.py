@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], at
 
 
 def start(recipe: Recipe, placement: Any, tmp_path: Path) -> RayLearner:
-    learner = RayLearner(recipe, placement, str(tmp_path))
+    places = placement.ranks[: recipe.learner.ranks]
+    learner = RayLearner(recipe, replace(placement, ranks=places), str(tmp_path))
     learner.start()
     return learner
 
