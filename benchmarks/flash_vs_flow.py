@@ -44,6 +44,7 @@ EVALUATE_EVERY = {"flash_grpo": 4, "flow_grpo_fast": 4, "flow_grpo": 2}
 THRESHOLDS = (0.96, 0.98)
 TUNING_SEED = 100
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks"
+RUNS = Path(__file__).parents[1] / "runs" / "flash_vs_flow.jsonl"
 
 
 @dataclass
@@ -110,11 +111,22 @@ def build(
 def one_run(
     algorithm: str, noise: str, rate: float, std: str, seed: int, stop_at: float
 ) -> dict[str, Any]:
-    """Train one variant and return its curve; stops once it stays above ``stop_at``."""
+    """Train one variant and return its curve; stops once it stays above ``stop_at``.
+
+    Finished runs are kept in RUNS, so that an interrupted benchmark goes on where it was.
+    """
+    key = [algorithm, noise, rate, std, seed, stop_at, STEPS[ALGORITHMS[algorithm][0]]]
+    known = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    if finished := [run for run in known if run["key"] == key]:
+        return finished[0]
     trainer, recorder = build(algorithm, noise, rate, std, seed, stop_at)
     trainer.train()
-    return {"variant": [algorithm, noise], "rate": rate, "std": std, "seed": seed,
-            "curve": recorder.curve}  # fmt: skip
+    run = {"key": key, "variant": [algorithm, noise], "rate": rate, "std": std, "seed": seed}
+    run["curve"] = recorder.curve
+    RUNS.parent.mkdir(parents=True, exist_ok=True)
+    with RUNS.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    return run
 
 
 def step_seconds(algorithm: str, noise: str, rate: float, std: str) -> float:
