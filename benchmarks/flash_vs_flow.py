@@ -236,6 +236,7 @@ def write_plot(runs: Sequence[dict[str, Any]]) -> None:
         axes.axhline(0.98, color="black", linewidth=0.6, linestyle=":")
         axes.set(title=f"{noise} initial noise", xlabel="network evaluations (thousands, backward = 2)",
                  ylabel="held-out accuracy", xscale="symlog", ylim=(0.85, 1.0))  # fmt: skip
+        axes.set_xlim(left=0)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(OUT / "flash_vs_flow.png", dpi=130)
 
