@@ -28,8 +28,9 @@ def ids(step: int, count: int, seed: int = 0) -> list[str]:
 
 
 def test_seeds_are_pinned_so_that_a_run_can_be_repeated_by_another_release():
-    assert keyed_seed(0) == 8186399318107129639
-    assert keyed_seed(3, "group", 1, 0, "p2") == 7446602085188498154
+    """The numbers are those of ``b2sum -l 64`` on the parts joined by \\x1f, halved."""
+    assert keyed_seed(0) == 4246866556266386882
+    assert keyed_seed(3, "group", 1, 0, "p2") == 8228809455471676239
 
 
 def test_seeds_do_not_depend_on_the_process():
@@ -46,14 +47,14 @@ def test_the_parts_of_a_key_do_not_run_together():
 
 def test_seeds_fit_a_signed_64_bit_integer_and_fill_it():
     seeds = [keyed_seed("range", i) for i in range(2000)]
-    assert 0 <= min(seeds) and max(seeds) < 2**63
+    assert min(seeds) >= 0 and max(seeds) < 2**63
     assert max(seeds) > 0.99 * 2**63
     assert len(set(seeds)) == 2000
 
 
 def test_keyed_uniform_is_uniform():
     numbers = np.array([keyed_uniform("u", i) for i in range(4000)])
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts, _ = np.histogram(numbers, 10, (0, 1))
     # Chi-squared with 9 degrees of freedom: 27.9 is its 99.9th percentile.
     assert ((counts - 400) ** 2 / 400).sum() < 27.9
@@ -80,9 +81,7 @@ def test_streams_members_and_the_shared_draw_have_unrelated_noise():
 
 
 def test_a_member_keeps_its_noise_when_the_group_grows():
-    small, large = (
-        groups_for(PROMPTS, seed=0, step=5, count=3, size=size)[1] for size in (2, 16)
-    )
+    small, large = (groups_for(PROMPTS, seed=0, step=5, count=3, size=size)[1] for size in (2, 16))
     assert small.draw(1) == large.draw(1)
     assert small.shared == large.shared
 
