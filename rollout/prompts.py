@@ -53,7 +53,7 @@ class FilePrompts(BaseModel, frozen=True, extra="forbid"):
         if self.path.suffix not in (".txt", ".jsonl"):
             raise ValueError(f"{self.path}: prompts are read from .txt or .jsonl files")
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path}: cannot be read as prompts: {error}") from error
         prompts = [

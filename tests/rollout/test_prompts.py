@@ -88,11 +88,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path):
         FilePrompts(path=tmp_path / "folder.txt").load()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="rollout/prompts.py splits lines with str.splitlines, which also cuts at U+2028, U+0085 "
-    "and form feeds: a JSON string may hold the first two unescaped",
-)
 def test_a_json_string_may_hold_any_separator_but_a_line_feed(tmp_path: Path):
     prompts = write(tmp_path, '{"prompt": "one\u2028line"}\n{"prompt": "two\u0085too"}\n').load()
     assert [prompt.text for prompt in prompts] == ["one\u2028line", "two\u0085too"]
