@@ -61,6 +61,9 @@ def run(
 def validate(
     recipes: Annotated[list[Path], typer.Argument(help="Files or names.")],
     overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Build the network without weights; estimate memory.")
+    ] = False,
 ) -> None:
     """Check recipes without starting anything, and print the numbers that follow from them."""
     from recipes.check import derived
@@ -70,6 +73,9 @@ def validate(
         table = Table(title=f"{path}: valid", show_header=False, title_justify="left")
         for name, value in derived(loaded.value).items():
             table.add_row(name, value)
+        if plan:
+            for name, value in _planned(loaded.value).items():
+                table.add_row(name, value)
         out.print(table)
 
 
@@ -140,6 +146,21 @@ def _checked(path: Path, overrides: list[str] | None) -> Loaded[Recipe]:
     except RecipeError as error:
         _refuse(str(error))
     return loaded
+
+
+def _planned(recipe: Recipe) -> dict[str, str]:
+    """Shapes and memory, as rows."""
+    from recipes.memory import plan
+    from recipes.shapes import shapes
+
+    try:
+        memory = plan(recipe)
+        rows = shapes(recipe)
+    except (ValueError, OSError) as error:
+        _refuse(f"no plan: {error}")
+    for process, parts in memory.items():
+        rows[f"memory of a {process}"] = ", ".join(f"{k} {v}" for k, v in parts.items())
+    return rows
 
 
 def _refuse(message: str) -> NoReturn:

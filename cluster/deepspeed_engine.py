@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from cluster.engine import MOMENTS, ObjectiveModule, adamw
 from recipes.schema import LearnerConfig, OptimizerConfig
-from rl.batches import FlowBatch
-from rl.surrogate import Table
+from rl.algorithm import Table
 
 
 def join_group(rank: int, ranks: int, address: str, port: int, gpu: bool) -> None:
@@ -67,9 +66,13 @@ class DeepSpeedEngine:
             n: p for n, p in self.engine.module.network.named_parameters() if n in set(self.names)
         }
 
-    def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:
+    def forward(self, batch: Any) -> tuple[Tensor, Table]:
         """See ``Engine``."""
         return self.engine(batch)
+
+    def scores(self, batch: Any) -> Tensor:
+        """See ``Engine``."""
+        return self.engine(batch, scores=True)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See ``Engine``. DeepSpeed averages over ranks, hence the factor."""

@@ -19,7 +19,11 @@ CORE = (
     "pydantic",
     "scikit-learn",
 )
-OPTIONAL = {"trl": "pip install 'rectify[trl]'  (TRL reward functions)"}
+OPTIONAL = {
+    "trl": "pip install 'rectify[trl]'  (TRL reward functions)",
+    "datasets": "pip install 'rectify[math]'  (prompts from saved or hub datasets)",
+    "math-verify": "pip install 'rectify[math]'  (the reward math_answer)",
+}
 
 
 def gpu_count() -> int:
@@ -51,6 +55,6 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
         remedy = missing(name)
         facts.append((f"tracker {name}", "ready" if remedy is None else f"not here: {remedy}"))
     for name, remedy in OPTIONAL.items():
-        present = importlib.util.find_spec(name) is not None
+        present = importlib.util.find_spec(name.replace("-", "_")) is not None
         facts.append((name, metadata.version(name) if present else f"not here: {remedy}"))
     return facts, wrong

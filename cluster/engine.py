@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recipes.schema import OptimizerConfig
-from rl.batches import FlowBatch
-from rl.grpo import GRPO
-from rl.surrogate import Table
-from rollout.policies.base import FlowPolicy
+from rl.algorithm import Algorithm, Table
+from rollout.policies.base import Policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,23 +18,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ObjectiveModule(nn.Module):
     """Network and objective as one module, so that an engine's forward is the whole forward."""
 
-    def __init__(self, policy: FlowPolicy, algorithm: GRPO) -> None:
+    def __init__(self, policy: Policy, algorithm: Algorithm[Any]) -> None:
         super().__init__()
         self.network = policy.module
         # Not a submodule, and not a name that nn.Module would try to register.
         self._bound = (policy, algorithm)
 
-    def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:
-        """The micro-batch's loss and its table."""
+    def forward(self, batch: Any, scores: bool = False) -> Any:
+        """The micro-batch's loss and its table, or only the scores that the loss compares with."""
         policy, algorithm = self._bound
-        return algorithm.loss(policy, batch)
+        return algorithm.scores(policy, batch) if scores else algorithm.loss(policy, batch)
 
 
 class Engine(Protocol):
     """Runs an objective and steps its parameters. Collective: all ranks call everything."""
 
-    def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:
+    def forward(self, batch: Any) -> tuple[Tensor, Table]:
         """Loss (this rank's part of the sum) and table."""
+        ...
+
+    def scores(self, batch: Any) -> Tensor:
+        """What the loss compares with, under the present weights; call without gradient."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -82,9 +84,13 @@ class TorchEngine:
         self.parameters = {n: p for n, p in module.network.named_parameters() if p.requires_grad}
         self.optimizer = adamw(list(self.parameters.values()), config)
 
-    def forward(self, batch: FlowBatch) -> tuple[Tensor, Table]:
+    def forward(self, batch: Any) -> tuple[Tensor, Table]:
         """See ``Engine``."""
         return self.module(batch)
+
+    def scores(self, batch: Any) -> Tensor:
+        """See ``Engine``."""
+        return self.module(batch, scores=True)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See ``Engine``."""

@@ -16,8 +16,8 @@ import numpy as np
 from cluster.workers import Record
 from rewards.calling import Scores, check_failures
 from rewards.catalogue import RewardConfig
-from rl.batches import Item
 from rl.contracts import Sampled, Scored
+from rl.items import Item
 from rollout.draws import Group
 
 
@@ -36,16 +36,16 @@ def partition(groups: Sequence[Group], batch_size: int) -> list[slice]:
 def sampled(
     job: int, groups: Sequence[Group], records: Sequence[Record], parts: Sequence[Any]
 ) -> Iterator[Sampled]:
-    """The driver's view of a finished job; ``parts`` alternate transitions and media."""
+    """The driver's view of a finished job; ``parts`` alternate replays and media."""
     for position, (group, record) in enumerate(zip(groups, records, strict=True)):
-        if record.problem is None:
+        if record.problem is None and record.summary is not None:
             yield Sampled(
                 group=group,
                 job=job,
-                transitions=parts[2 * position],
+                replay=parts[2 * position],
                 media=parts[2 * position + 1],
-                nodes=record.nodes,
-                branches=record.branches,
+                summary=record.summary,
+                facts=record.facts,
                 forwards=record.forwards,
                 seconds=record.seconds,
                 version=record.version,
@@ -113,22 +113,22 @@ def _part(scores: Scores, span: range) -> Scores:
     return Scores(values, failures, int(np.isnan(values).sum()) - len(failures))
 
 
-def place_transitions(
+def place_replays(
     steps: Sequence[Sequence[Item]],
 ) -> tuple[list[list[Item]], list[Any]]:
-    """Items with positions in place of their transitions, and each of these once.
+    """Items with positions in place of their replays, and each of these once.
 
     Ray resolves references only where they are arguments themselves.
     """
     places: dict[int, int] = {}
-    transitions: list[Any] = []
+    replays: list[Any] = []
     placed: list[list[Item]] = []
     for items in steps:
         row: list[Item] = []
         for item in items:
-            place = places.setdefault(id(item.transitions), len(transitions))
-            if place == len(transitions):
-                transitions.append(item.transitions)
-            row.append(replace(item, transitions=place))
+            place = places.setdefault(id(item.replay), len(replays))
+            if place == len(replays):
+                replays.append(item.replay)
+            row.append(replace(item, replay=place))
         placed.append(row)
-    return placed, transitions
+    return placed, replays

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import yaml
 from rich.console import Console
@@ -28,7 +27,6 @@ from rl.contracts import RolloutPool, Scorer
 from rl.evaluate import Evaluation
 from rl.train import Schedule, Trainer
 from rollout.draws import EVALUATION_STEP, groups_for
-from rollout.flow import FlowPlan
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +140,9 @@ def build_trainer(
     """The loop of a recipe over its parts."""
     prompts = recipe.prompts.load()
     rollout, evaluation = recipe.rollout, recipe.evaluation
+    algorithm = build_algorithm(recipe.rl, rollout, recipe.seed)
+    held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
+    gap = evaluation.gap
     return Trainer(
         schedule=Schedule(
             seed=recipe.seed,
@@ -153,12 +154,20 @@ def build_trainer(
             weights={config.name or config.kind: config.weight for config in recipe.rewards},
             dtype=recipe.policy.dtype,
         ),
-        algorithm=build_algorithm(recipe.rl, rollout.grid(), rollout.guidance_scale, recipe.seed),
+        algorithm=algorithm,
         prompts=prompts,
         pool=pool,
         scorer=scorer,
         learner=learner,
-        evaluation=Evaluation(prompts, evaluation.samples, recipe.seed, evaluation.steps),
+        evaluation=Evaluation(
+            algorithm=algorithm,
+            prompts=held_out,
+            samples=evaluation.samples,
+            seed=recipe.seed,
+            steps=evaluation.steps,
+            gap_samples=gap.samples if gap is not None else 0,
+            gap_orders=gap.orders if gap is not None else 0,
+        ),
         run=directory,
         step=step,
     )
@@ -173,7 +182,8 @@ def prove_rewards(trainer: Trainer) -> None:
     groups = groups_for(
         trainer.prompts, seed=trainer.schedule.seed, step=EVALUATION_STEP, count=1, size=1
     )
-    trainer.scorer.score(trainer.pool.generate(groups, [FlowPlan()]), held_out=True)
+    plans = [trainer.algorithm.evaluation_plan(None)]
+    trainer.scorer.score(trainer.pool.generate(groups, plans), held_out=True)
     trainer.scorer.take_seconds()
 
 
@@ -200,5 +210,5 @@ def check_resume(path: Path, recipe: Recipe, changed: bool) -> None:
         logger.warning("%s has no valid checkpoint: it starts from step 0", path)
 
 
-def _fetch(reference: Any) -> np.ndarray:
+def _fetch(reference: Any) -> Any:
     return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference

@@ -16,14 +16,14 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.jobs import place_transitions
+from cluster.jobs import place_replays
 from cluster.logs import log_to
 from cluster.rank import LearnerRank
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
 from cluster.weights import Weights
 from recipes.schema import Recipe
-from rl.batches import Item, micro_steps, share
 from rl.contracts import Update
+from rl.items import Item, micro_steps, share
 
 
 class LearnerLost(RuntimeError):
@@ -112,8 +112,8 @@ class RayLearner:
         counts = [micro_steps(parts, size) for parts in shares]
         calls: list[Any] = []
         for index, rank in enumerate(self.ranks):
-            placed, transitions = place_transitions([parts[index] for parts in shares])
-            calls.append(rank.update.remote(placed, counts, *transitions))
+            placed, replays = place_replays([parts[index] for parts in shares])
+            calls.append(rank.update.remote(placed, counts, *replays))
         parts: list[Update] = self._get(calls, self.recipe.cluster.job_timeout)
         return Update(
             table=_join([part.table for part in parts]),
@@ -129,8 +129,8 @@ class RayLearner:
         count = micro_steps(shares, self.recipe.learner.micro_batch)
         calls: list[Any] = []
         for rank, part in zip(self.ranks, shares, strict=True):
-            (placed,), transitions = place_transitions([part])
-            calls.append(rank.replay.remote(placed, count, *transitions))
+            (placed,), replays = place_replays([part])
+            calls.append(rank.replay.remote(placed, count, *replays))
         return _join(self._get(calls, self.recipe.cluster.job_timeout))
 
     def publish(self, version: int, averaged: bool = False) -> Weights:

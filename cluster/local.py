@@ -16,7 +16,7 @@ from cluster.jobs import (
     chunked,
     collect,
     partition,
-    place_transitions,
+    place_replays,
     reward_name,
     sampled,
 )
@@ -25,10 +25,9 @@ from cluster.weights import Weights
 from cluster.workers import Failed, RewardWorker, RolloutWorker
 from recipes.schema import Recipe
 from rewards.calling import Scores
-from rl.batches import Item, micro_steps
-from rl.contracts import Metrics, Sampled, Scored, Update
+from rl.contracts import Metrics, Plan, Sampled, Scored, Update
+from rl.items import Item, micro_steps
 from rollout.draws import Group
-from rollout.flow import FlowPlan
 
 
 class LocalRolloutPool:
@@ -42,7 +41,7 @@ class LocalRolloutPool:
         """See ``rl.contracts.RolloutPool``."""
         self.worker.load(weights.data, weights.version, weights.checksum)
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> Iterator[Sampled]:
+    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> Iterator[Sampled]:
         """See ``rl.contracts.RolloutPool``."""
         for number, job in enumerate(partition(groups, self.batch_size)):
             records, *parts = self.worker.generate(groups[job], plans[job])
@@ -100,14 +99,14 @@ class LocalLearner:
 
     def update(self, steps: Sequence[Sequence[Item]]) -> Update:
         """See ``rl.contracts.Learner``."""
-        placed, transitions = place_transitions(steps)
+        placed, replays = place_replays(steps)
         counts = [micro_steps([items], self.micro_batch) for items in steps]
-        return self.rank.update(placed, counts, *transitions)
+        return self.rank.update(placed, counts, *replays)
 
     def replay(self, items: Sequence[Item]) -> dict[str, Any]:
         """See ``rl.contracts.Learner``."""
-        (placed,), transitions = place_transitions([items])
-        return self.rank.replay(placed, micro_steps([items], self.micro_batch), *transitions)
+        (placed,), replays = place_replays([items])
+        return self.rank.replay(placed, micro_steps([items], self.micro_batch), *replays)
 
     def publish(self, version: int, averaged: bool = False) -> Weights:
         """See ``rl.contracts.Learner``."""

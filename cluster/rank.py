@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from torch import Tensor
 from cluster.engine import Engine, ObjectiveModule, TorchEngine
 from cluster.weights import Weights, pack, to_arrays
 from recipes.schema import Recipe
-from rl.batches import Item, micro_batches
+from rl.algorithm import Table
 from rl.catalogue import build_algorithm
 from rl.contracts import Update
-from rl.surrogate import Table
-from rollout.flow_sampler import Transitions
+from rl.items import Item
 from rollout.policies.base import forwards_per_sample
 
 STATE_FILE = "optimizer.safetensors"
@@ -40,9 +40,8 @@ class LearnerRank:
         self.rank = rank
         reference = self.recipe.rl.kl_coefficient > 0
         self.policy = self.recipe.policy.build(device, self.recipe.seed, reference)
-        grid, scale = self.recipe.rollout.grid(), self.recipe.rollout.guidance_scale
-        algorithm = build_algorithm(self.recipe.rl, grid, scale, self.recipe.seed)
-        module = ObjectiveModule(self.policy, algorithm)
+        self.algorithm = build_algorithm(self.recipe.rl, self.recipe.rollout, self.recipe.seed)
+        module = ObjectiveModule(self.policy, self.algorithm)
         self.engine: Engine = self._engine(module, engine)
         self.steps = 0
         self.averaged = {n: t.clone().float() for n, t in self.engine.weights().items()}
@@ -57,20 +56,23 @@ class LearnerRank:
         return DeepSpeedEngine(module, self.recipe.optimizer, self.recipe.learner)
 
     def update(
-        self, steps: Sequence[Sequence[Item]], micro_steps: Sequence[int], *transitions: Transitions
+        self, steps: Sequence[Sequence[Item]], micro_steps: Sequence[int], *replays: Any
     ) -> Update:
         """This rank's share of each optimiser step.
 
         Args:
-            steps: items per optimiser step; their ``transitions`` are positions in ``transitions``.
+            steps: items per optimiser step; their ``replay`` is a position in ``replays``.
             micro_steps: micro-batches per optimiser step, the same on all ranks.
-            transitions: the fetched transitions of this rank.
+            replays: what this rank replays.
         """
         started = time.perf_counter()
         tables: list[Table] = []
         norms: list[float] = []
+        old = self._old_scores(steps, micro_steps, replays)
         for items, count in zip(steps, micro_steps, strict=True):
-            for i, batch in enumerate(self._batches(items, count, transitions)):
+            for i, batch in enumerate(self._batches(items, count, replays)):
+                if old is not None:
+                    batch = replace(batch, old=next(old))
                 loss, table = self.engine.forward(batch)
                 self.engine.backward(loss, last=i == count - 1)
                 tables.append(table)
@@ -78,21 +80,42 @@ class LearnerRank:
             self.steps += 1
             self._average()
         evaluations = self._evaluations(sum(micro_steps))
+        reference = 1 if self.recipe.rl.kl_coefficient else 0
         return Update(
             table=_join(tables),
             grad_norms=tuple(norms),
-            forwards=evaluations * (2 if self.recipe.rl.kl_coefficient else 1),
+            forwards=evaluations * (1 + reference + (old is not None)),
             backwards=evaluations,
             seconds=(time.perf_counter() - started,),
         )
 
     @torch.no_grad()
-    def replay(
-        self, items: Sequence[Item], count: int, *transitions: Transitions
-    ) -> dict[str, Any]:
-        """The table of ``items`` under the present weights."""
-        batches = self._batches(items, count, transitions)
-        return _join([self.engine.forward(batch)[1] for batch in batches])
+    def replay(self, items: Sequence[Item], count: int, *replays: Any) -> dict[str, Any]:
+        """The table of ``items`` under the present weights, which are then the old ones too."""
+        tables: list[Table] = []
+        for batch in self._batches(items, count, replays):
+            if self.algorithm.needs_old:
+                batch = replace(batch, old=self.engine.scores(batch))
+            tables.append(self.engine.forward(batch)[1])
+        return _join(tables)
+
+    @torch.no_grad()
+    def _old_scores(
+        self, steps: Sequence[Sequence[Item]], micro_steps: Sequence[int], replays: Sequence[Any]
+    ) -> Iterator[Tensor] | None:
+        """Scores of all micro-batches before the first optimiser step, where they are compared.
+
+        On-policy the present scores are the old ones, and none are computed.
+        """
+        if not self.algorithm.needs_old or self.recipe.rl.on_policy:
+            return None
+        return iter(
+            [
+                self.engine.scores(batch)
+                for items, count in zip(steps, micro_steps, strict=True)
+                for batch in self._batches(items, count, replays)
+            ]
+        )
 
     def publish(self, version: int, averaged: bool) -> tuple[Weights | None, Any]:
         """``(head without data, blob)`` on rank 0, two Nones elsewhere; every rank must call."""
@@ -135,11 +158,9 @@ class LearnerRank:
         if self.rank == 0:
             self.averaged = {n: t.to(self.policy.device) for n, t in parts["ema"].items()}
 
-    def _batches(
-        self, items: Sequence[Item], count: int, transitions: Sequence[Transitions]
-    ) -> Any:
+    def _batches(self, items: Sequence[Item], count: int, replays: Sequence[Any]) -> Iterator[Any]:
         size = self.recipe.learner.micro_batch
-        return micro_batches(self.policy, items, lambda i: transitions[i], size, count)
+        return self.algorithm.batches(self.policy, items, lambda i: replays[i], size, count)
 
     def _evaluations(self, micro_steps: int) -> int:
         per_sample = forwards_per_sample(self.recipe.rollout.guidance_scale)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import plots
+from cluster.run import widening
 from cluster.tracking import MetricsFile
 
 TIMESTEP_PANELS = {
@@ -17,6 +18,7 @@ TIMESTEP_PANELS = {
     "clip_fraction": "clip fraction",
     "gradient_share": "share of gradient",
 }
+SHOWN = 12
 PHASES = {f"time/{name}": name for name in ("rollout", "reward", "learn", "sync")}
 IDLE = {f"idle/{name}": name for name in ("rollout", "learner", "reward")}
 
@@ -42,8 +44,9 @@ def write_report(run: Path) -> Path:
         figures=_figures(train, evaluations),
         evaluations=_table(evaluations),
         grids=_grids(run),
+        texts=_texts(run),
         costs=_costs(train),
-        warnings=_warnings(train),
+        warnings=_warnings(train) + _drifting(evaluations),
         recipe=(run / "recipe.yaml").read_text(),
         versions=_versions(run),
     )
@@ -86,12 +89,31 @@ def _figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]
                 _svg(plots.curves(evaluations, distances, "distance")),
             )
         )
+    figures += _text_figures(train, evaluations)
     if any(key.startswith("timestep/") for row in train for key in row):
         figures.append(("By timestep", _svg(plots.timesteps(train, TIMESTEP_PANELS))))
     if train:
         figures.append(("Seconds per step", _svg(plots.stacked(train, PHASES, "s"))))
         figures.append(("Idle share of actors", _svg(plots.curves(train, IDLE, "share"))))
         figures.append(("Gradient norm", _svg(plots.curves(train, {"grad_norm": "norm"}, "norm"))))
+    return figures
+
+
+def _text_figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]]:
+    """The double-drift track, and the curve of lengths, of a run on text."""
+    figures: list[tuple[str, str]] = []
+    if any("gap/gap" in row for row in evaluations):
+        gap = plots.curves(evaluations, {"gap/gap": "gap"}, "nats per sample")
+        figures.append(("Variational gap, log-likelihood minus bound", _svg(gap)))
+        both = {"gap/log_prob": "log-likelihood", "gap/elbo": "bound"}
+        figures.append(("Own samples", _svg(plots.curves(evaluations, both, "nats per sample"))))
+        cosine = plots.curves(evaluations, {"gap/cosine": "cosine"}, "cosine")
+        figures.append(("Gradient of the bound against the true one", _svg(cosine)))
+    if any("rollout/length/mean" in row for row in train):
+        lengths = {f"rollout/length/{name}": name for name in ("mean", "min", "max")}
+        figures.append(("Length of rollouts", _svg(plots.curves(train, lengths, "tokens"))))
+        ended = {"rollout/eos_rate": "share"}
+        figures.append(("Rollouts that end with EOS", _svg(plots.curves(train, ended, "share"))))
     return figures
 
 
@@ -112,6 +134,29 @@ def _grids(run: Path) -> list[tuple[str, str]]:
             "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
         )
         for p in chosen
+    ]
+
+
+def _texts(run: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Completions of the first and the last evaluation."""
+    paths = sorted((run / "samples").glob("step_*/completions.jsonl"))
+    chosen = paths[:1] + paths[1:][-1:]
+    return [
+        (
+            path.parent.name.replace("_", " "),
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:SHOWN]],
+        )
+        for path in chosen
+    ]
+
+
+def _drifting(evaluations: plots.Rows) -> list[str]:
+    since = widening([row.get("gap/gap") for row in evaluations])
+    if not since:
+        return []
+    return [
+        f"the variational gap widened in the last {since} evaluations: the bound that is trained "
+        "says less and less about the policy (rl.dipod keeps it tight)"
     ]
 
 

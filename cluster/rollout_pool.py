@@ -22,9 +22,8 @@ from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_op
 from cluster.weights import Weights
 from cluster.workers import Failed, Health, Record, RolloutWorker
 from recipes.schema import Recipe
-from rl.contracts import Sampled
+from rl.contracts import Plan, Sampled
 from rollout.draws import Group
-from rollout.flow import FlowPlan
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class RayRolloutPool:
             except TIMEOUT as error:
                 self._kill(worker, error)
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> Iterator[Sampled]:
+    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> Iterator[Sampled]:
         """Groups as their jobs complete, the groups of a job together."""
         jobs = partition(groups, self.recipe.rollout.batch_size)
         todo = deque(range(len(jobs)))
@@ -162,7 +161,7 @@ class RayRolloutPool:
         worker: _Worker,
         job: int,
         groups: Sequence[Group],
-        plans: Sequence[FlowPlan],
+        plans: Sequence[Plan],
     ) -> None:
         call = worker.handle.generate.options(num_returns=1 + 2 * len(groups))
         records, *parts = call.remote(groups, plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -28,7 +29,8 @@ from rollout.draws import Prompt
 
 logger = logging.getLogger(__name__)
 
-GRID_SAMPLES = 40
+SHOWN_SAMPLES = 40
+WIDENING = 3
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "rectify")
 
 
@@ -46,7 +48,7 @@ class RunDirectory:
         path: Path,
         trackers: Sequence[Tracker],
         progress: Progress,
-        fetch: Callable[[Any], np.ndarray],
+        fetch: Callable[[Any], Any],
     ) -> None:
         self.recipe, self.path = recipe, path
         self.trackers, self.progress, self.fetch = trackers, progress, fetch
@@ -86,7 +88,7 @@ class RunDirectory:
                     "prompt": group.sample.group.prompt,
                     "seed": group.sample.group.seed,
                     "scores": {
-                        name: [v if np.isfinite(v) else None for v in scores.values.tolist()]
+                        name: [_finite(v) for v in scores.values]
                         for name, scores in group.scores.items()
                     },
                 }
@@ -96,10 +98,8 @@ class RunDirectory:
         target = self.path / "evaluation" / f"step_{step:06d}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(document))
-        media = np.concatenate([self.fetch(g.sample.media) for g in scored[:GRID_SAMPLES]])
-        grid = self.path / "samples" / f"step_{step:06d}" / "grid.png"
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        grid.write_bytes(sample_grid(media))
+        self._write_samples(step, scored[:SHOWN_SAMPLES])
+        self._warn_of_widening()
         self._note_best(step, metrics)
         self.progress.evaluation(step, metrics)
 
@@ -136,6 +136,35 @@ class RunDirectory:
         """End the trackers."""
         for tracker in self.trackers:
             tracker.close()
+
+    def _write_samples(self, step: int, scored: Sequence[Scored]) -> None:
+        """A grid of media, or a JSON line for each text."""
+        directory = self.path / "samples" / f"step_{step:06d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        media = [self.fetch(group.sample.media) for group in scored]
+        if isinstance(media[0], np.ndarray):
+            (directory / "grid.png").write_bytes(sample_grid(np.concatenate(media)))
+            return
+        lines = [
+            json.dumps(
+                {
+                    "prompt": group.sample.group.prompt,
+                    "completion": text,
+                    "scores": {n: _finite(s.values[i]) for n, s in group.scores.items()},
+                }
+            )
+            for group, texts in zip(scored, media, strict=True)
+            for i, text in enumerate(texts)
+        ]
+        (directory / "completions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _warn_of_widening(self) -> None:
+        rows = [row for row in self.metrics.read() if row["kind"] == "evaluation"]
+        since = widening([row.get("gap/gap") for row in rows])
+        if since:
+            message = f"the variational gap has widened in {since} evaluations in a row"
+            logger.warning(message)
+            self.progress.message(f"{message}: the policy drifts from its bound; see rl.dipod")
 
     def _write(self, kind: str, step: int, metrics: Metrics) -> None:
         self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
@@ -179,6 +208,21 @@ class RunDirectory:
             value = metrics[wanted]
             if self.best is None or value > self.best[0]:
                 self.best = (value, step)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def widening(gaps: Sequence[float | None]) -> int:
+    """In how many last evaluations the gap grew each time; 0 below ``WIDENING`` of them."""
+    known = [gap for gap in gaps if gap is not None]
+    grown = 0
+    for before, after in itertools.pairwise(reversed(known)):
+        if before <= after:
+            break
+        grown += 1
+    return grown if grown >= WIDENING else 0
 
 
 def new_directory(recipe: Recipe) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import traceback
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,13 @@ from recipes.schema import Recipe
 from rewards.calling import Scores, call_reward
 from rewards.catalogue import RewardConfig
 from rewards.contract import SetMetric
+from rl.contracts import Plan
+from rl.gap import variational_gap
 from rollout.draws import Group
-from rollout.flow import FlowPlan
-from rollout.flow_sampler import FlowRollout, FlowSampler
+from rollout.flow_sampler import FlowRollout, FlowSummary
+from rollout.masked import DecodePlan, MaskedRollout, TextSummary
+
+Rollout = FlowRollout | MaskedRollout
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Record:
     ``problem`` is set for a group that its own data made impossible; the other parts are then empty.
     """
 
-    nodes: int = 0
-    branches: int = 0
+    summary: FlowSummary | TextSummary | None = None
+    facts: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     forwards: int = 0
     seconds: float = 0.0
     version: int = 0
@@ -66,7 +71,7 @@ class RolloutWorker:
         self.version: int | None = None
         recipe = Recipe.model_validate_json(recipe_json)
         self.policy = recipe.policy.build(device, seed=recipe.seed)
-        self.sampler = FlowSampler(recipe.rollout, self.policy)
+        self.sampler: Any = recipe.rollout.build(self.policy)  # pyright: ignore[reportArgumentType]
 
     def health(self) -> Health:
         """Answers while a job runs."""
@@ -78,38 +83,46 @@ class RolloutWorker:
         self.version = version
         return bound
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> list[Any]:
-        """``[records, transitions, media, transitions, media, ...]``, a pair for each group."""
+    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> list[Any]:
+        """``[records, replay, media, replay, media, ...]``, a pair for each group."""
         started = time.perf_counter()
         try:
-            rollouts: list[FlowRollout | str] = list(self.sampler.sample(groups, plans))
+            rollouts: list[Rollout | str] = list(self.sampler.sample(groups, plans))
         except ValueError:
             rollouts = [self._single(g, p) for g, p in zip(groups, plans, strict=True)]
         except (RuntimeError, OSError, MemoryError):
             failed = Failed("infrastructure", traceback.format_exc())
             return [failed, *[None] * (2 * len(groups))]
+        facts = [self._facts(r, plan) for r, plan in zip(rollouts, plans, strict=True)]
         seconds = (time.perf_counter() - started) / len(groups)
-        records = [self._record(rollout, seconds) for rollout in rollouts]
+        records = [self._record(r, f, seconds) for r, f in zip(rollouts, facts, strict=True)]
         parts: list[Any] = []
         for rollout in rollouts:
-            parts += (
-                [None, None] if isinstance(rollout, str) else [rollout.transitions, rollout.media]
-            )
+            parts += [None, None] if isinstance(rollout, str) else [rollout.replay, rollout.media]
         return [records, *parts]
 
-    def _single(self, group: Group, plan: FlowPlan) -> FlowRollout | str:
+    def _single(self, group: Group, plan: Plan) -> Rollout | str:
         try:
             return self.sampler.sample([group], [plan])[0]
         except ValueError as error:
             return f"prompt {group.prompt_id!r}: {error}"
 
-    def _record(self, rollout: FlowRollout | str, seconds: float) -> Record:
+    def _facts(self, rollout: Rollout | str, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """What a plan asks beyond the samples."""
+        if not isinstance(rollout, MaskedRollout) or not isinstance(plan, DecodePlan):
+            return {}
+        if not plan.orders:
+            return {}
+        return variational_gap(self.policy, rollout.replay, plan.orders)  # pyright: ignore[reportArgumentType]
+
+    def _record(
+        self, rollout: Rollout | str, facts: dict[str, tuple[float, ...]], seconds: float
+    ) -> Record:
         if isinstance(rollout, str):
             return Record(problem=rollout)
-        transitions = rollout.transitions
         return Record(
-            nodes=len(transitions.x),
-            branches=len(transitions.x_next) // rollout.group.size,
+            summary=rollout.summary,
+            facts=facts,
             forwards=rollout.forwards,
             seconds=seconds,
             version=self.version or 0,
@@ -117,7 +130,7 @@ class RolloutWorker:
 
 
 class RewardWorker:
-    """Holds one reward and scores chunks of media."""
+    """Holds one reward and scores chunks of media, or of texts."""
 
     def __init__(self, config: RewardConfig, threads: int, log: str | None = None) -> None:
         log_to(log)
@@ -130,19 +143,20 @@ class RewardWorker:
         return os.getpid()
 
     def score(
-        self, prompts: list[str], columns: dict[str, list[Any]], *media: np.ndarray
+        self, prompts: list[str], columns: dict[str, list[Any]], *media: Sequence[Any]
     ) -> tuple[Scores, float]:
-        """Scores of all samples of ``media`` (each (size, F, H, W, C)), and the seconds taken."""
+        """Scores of all samples of ``media`` (a group's media or texts each), and the seconds taken."""
         started = time.perf_counter()
-        completions = list(np.concatenate(media))
+        completions = list(itertools.chain.from_iterable(media))
         name, size = self.config.name or self.config.kind, self.config.batch_size
         scores = call_reward(name, self.function, prompts, completions, columns, size)
         return scores, time.perf_counter() - started
 
     def describe(
-        self, prompts: list[str], columns: dict[str, list[Any]], *media: np.ndarray
+        self, prompts: list[str], columns: dict[str, list[Any]], *media: Sequence[Any]
     ) -> dict[str, float]:
         """Numbers of the whole set, from a reward that has any."""
         if not isinstance(self.function, SetMetric):
             return {}
-        return self.function.describe_set(prompts, list(np.concatenate(media)), **columns)
+        completions = list(itertools.chain.from_iterable(media))
+        return self.function.describe_set(prompts, completions, **columns)

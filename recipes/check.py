@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from recipes.errors import RecipeError, nearest
 from recipes.schema import Recipe
 from recipes.source import Loaded
+from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig, build_algorithm
 from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
+from rl.grpo import GRPOConfig
+from rl.text import TextAlgorithm, TextSettings
+from rollout.flow_sampler import FlowSamplerConfig
+from rollout.masked import MaskedSamplerConfig
+from rollout.math_prompts import MathPrompts
+from rollout.policies.adapters import unmatched_targets
 from rollout.policies.base import forwards_per_sample
-from rollout.policies.wan import unmatched_targets
+from rollout.policies.llada.policy import LladaConfig
 
 
 def check(loaded: Loaded[Recipe], gpus: int) -> None:
@@ -28,6 +36,8 @@ def check(loaded: Loaded[Recipe], gpus: int) -> None:
     problems = [
         loaded.problem(key, message)
         for group in (
+            _kinds(recipe),
+            _decoding(recipe),
             _timesteps(recipe),
             _sizes(recipe),
             _policy(recipe),
@@ -40,8 +50,55 @@ def check(loaded: Loaded[Recipe], gpus: int) -> None:
         raise RecipeError(problems)
 
 
+def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Policy, sampler and algorithm are all of flows, or all of text."""
+    text = isinstance(recipe.policy, LladaConfig)
+    named = f"policy.kind {recipe.policy.kind}"
+    if isinstance(recipe.rollout, MaskedSamplerConfig) != text:
+        wanted = "masked" if text else "flow"
+        yield "rollout.kind", f"{named} is sampled with {wanted}, not {recipe.rollout.kind}"
+    if isinstance(recipe.rl, TextSettings) != text:
+        family = TextAlgorithmConfig if text else FlowAlgorithmConfig
+        kinds = ", ".join(c.model_fields["kind"].default for c in get_args(family))
+        yield "rl.kind", f"{named} is trained with one of {kinds}, not {recipe.rl.kind}"
+    if recipe.evaluation.gap is not None and not text:
+        yield "evaluation.gap", f"{named} has no variational gap; leave it out"
+
+
+def _decoding(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    sampler, rl = recipe.rollout, recipe.rl
+    if not isinstance(sampler, MaskedSamplerConfig) or not isinstance(rl, TextSettings):
+        return
+    if sampler.length % sampler.block_length:
+        yield (
+            "rollout.block_length",
+            f"{sampler.block_length} does not divide rollout.length {sampler.length}",
+        )
+        return
+    for key, steps in (
+        ("rollout.steps", sampler.steps),
+        ("evaluation.steps", recipe.evaluation.steps),
+    ):
+        blocks = sampler.blocks
+        if steps is not None and (steps % blocks or steps > sampler.length):
+            yield (
+                key,
+                f"{steps} is no multiple of {blocks} blocks (rollout.length / rollout.block_length) "
+                f"up to rollout.length {sampler.length}",
+            )
+    forwards = _text_algorithm(recipe).forwards_per_completion
+    if recipe.learner.micro_batch % forwards:
+        yield (
+            "learner.micro_batch",
+            f"{recipe.learner.micro_batch} network evaluations are no whole number of completions: "
+            f"each takes {forwards}",
+        )
+
+
 def _timesteps(recipe: Recipe) -> Iterator[tuple[str, str]]:
     steps, rl = recipe.rollout.steps, recipe.rl
+    if not isinstance(rl, GRPOConfig):
+        return
     if isinstance(rl, FlashGRPOConfig) and rl.pool is not None:
         outside = [k for k in rl.pool if not 0 <= k <= steps - 2]
         if outside:
@@ -116,15 +173,21 @@ def _policy(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "policy.checkpoint", str(error)
         return
     if recipe.policy.lora is not None:
+        # An ending is checked against the names of the first block; all blocks have the same.
         for target in unmatched_targets(recipe.policy.lora.targets, names):
-            block = [name.split(".", 2)[-1] for name in names if name.startswith("blocks.0.")]
+            block = [name.split("blocks.0.", 1)[1] for name in names if "blocks.0." in name]
             hint = nearest(target, [ending.split(".", 1)[-1] for ending in block])
             message = f"{target!r} matches no linear layer{hint}; there are: {', '.join(block)}"
             yield "policy.lora.targets", message
-    try:
-        recipe.prompts.load()
-    except ValueError as error:
-        yield "prompts.path", str(error)
+    # A dataset of the hub is fetched when a run starts, not to validate.
+    sets = (("prompts", recipe.prompts), ("evaluation.prompts", recipe.evaluation.prompts))
+    for key, prompts in sets:
+        try:
+            if prompts is not None and not (isinstance(prompts, MathPrompts) and prompts.on_hub):
+                prompts.load()
+        except ValueError as error:
+            place = {"file": ".path", "math": ".source"}.get(prompts.kind, "") if prompts else ""
+            yield f"{key}{place}", str(error)
 
 
 def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -172,8 +235,6 @@ def derived(recipe: Recipe) -> dict[str, str]:
     rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
     samples = rollout.prompts_per_step * rollout.group_size
     steps = rl.epochs * rl.minibatches
-    grid = rollout.grid()
-    indices = rl.indices(rollout.steps)
     jobs = -(-rollout.prompts_per_step // (rollout.batch_size // rollout.group_size))
     numbers = {
         "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
@@ -182,13 +243,43 @@ def derived(recipe: Recipe) -> dict[str, str]:
         "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
         f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",
         "rollout jobs per step": f"{jobs} for {recipe.workers.count} workers",
-        "trained timesteps": f"{list(indices)} of {rollout.steps}, sigma "
-        f"{grid.sigmas[indices[0]]:.4f} to {grid.sigmas[indices[-1]]:.4f}",
-        "network evaluations per guided step": str(forwards_per_sample(rollout.guidance_scale)),
+        **_sampling(recipe),
         "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),
     }
+    if rl.dipod is not None and rl.dipod.form == "alternating":
+        numbers["distillation"] = (
+            f"every {rl.dipod.every}th step, {rl.dipod.steps} optimiser steps instead"
+        )
     if jobs % recipe.workers.count:
         numbers["note"] = "rollout jobs do not divide by workers.count: some workers will wait"
     return numbers
+
+
+def _sampling(recipe: Recipe) -> dict[str, str]:
+    """What sampling and training cost in network evaluations."""
+    rollout, rl = recipe.rollout, recipe.rl
+    per_step = str(forwards_per_sample(rollout.guidance_scale))
+    if isinstance(rollout, MaskedSamplerConfig) and isinstance(rl, TextSettings):
+        algorithm = _text_algorithm(recipe)
+        until = f"at most {rollout.length}" if rollout.threshold else str(rollout.steps)
+        return {
+            "completion": f"{rollout.length} tokens in {rollout.blocks} blocks, {until} steps",
+            "network evaluations per step": per_step,
+            "evaluations per completion and pass": str(algorithm.forwards_per_completion),
+        }
+    if not isinstance(rollout, FlowSamplerConfig) or not isinstance(rl, GRPOConfig):
+        return {}
+    grid, indices = rollout.grid(), rl.indices(rollout.steps)
+    return {
+        "trained timesteps": f"{list(indices)} of {rollout.steps}, sigma "
+        f"{grid.sigmas[indices[0]]:.4f} to {grid.sigmas[indices[-1]]:.4f}",
+        "network evaluations per guided step": per_step,
+    }
+
+
+def _text_algorithm(recipe: Recipe) -> TextAlgorithm:
+    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+    assert isinstance(algorithm, TextAlgorithm)
+    return algorithm

@@ -11,17 +11,30 @@ from rewards.catalogue import RewardConfig
 from rl.catalogue import AlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
 from rollout.flow_sampler import FlowSamplerConfig
+from rollout.masked import MaskedSamplerConfig
+from rollout.policies.llada.policy import LladaConfig
 from rollout.policies.wan import WanConfig
 from rollout.prompts import DigitPrompts, PromptsConfig
 
-PolicyConfig = Annotated[WanConfig, Field()]
+PolicyConfig = Annotated[WanConfig | LladaConfig, Field(discriminator="kind")]
 
 
-class RolloutConfig(FlowSamplerConfig, frozen=True, extra="forbid"):
-    """How many samples a step draws, and how."""
+class GroupsConfig(BaseModel, frozen=True, extra="forbid"):
+    """How many samples a step draws."""
 
     prompts_per_step: int = Field(default=16, ge=1, description="Groups per step.")
     group_size: int = Field(default=8, ge=2, description="Samples of one prompt that are compared.")
+
+
+class FlowRolloutConfig(GroupsConfig, FlowSamplerConfig, frozen=True, extra="forbid"):
+    """Rollouts of a flow policy."""
+
+
+class MaskedRolloutConfig(GroupsConfig, MaskedSamplerConfig, frozen=True, extra="forbid"):
+    """Rollouts of a masked-diffusion language model."""
+
+
+RolloutConfig = Annotated[FlowRolloutConfig | MaskedRolloutConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
@@ -91,12 +104,27 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+class GapConfig(BaseModel, frozen=True, extra="forbid"):
+    """The variational gap of evaluation samples, see ``rl/gap.py``."""
+
+    samples: int = Field(default=16, ge=1, description="Evaluation samples it is estimated on.")
+    orders: int = Field(default=4, ge=2, description="Orders per sample, beyond exact lengths.")
+
+
 class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
-    """The pinned evaluation: ODE, fixed seeds, averaged weights, held-out draws."""
+    """The pinned evaluation: noise-free sampling, fixed seeds, averaged weights, held-out draws."""
 
     every: int = Field(default=20, ge=1, description="Training steps between evaluations.")
     samples: int = Field(default=200, ge=1, description="Samples, prompts in turn.")
-    steps: int | None = Field(default=None, ge=2, description="ODE steps; default the rollout's.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Sampling steps; default the rollout's."
+    )
+    prompts: PromptsConfig | None = Field(
+        default=None, description="Held-out prompts; default the training prompts."
+    )
+    gap: GapConfig | None = Field(
+        default=None, description="Text: follow the variational gap of the samples."
+    )
     rewards: tuple[RewardConfig, ...] = Field(
         default=(),
         description="Held-out rewards, scored in evaluation only, never trained against.",
@@ -124,7 +152,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     steps: int = Field(default=100, ge=0, description="Training steps.")
     policy: PolicyConfig = Field(default=WanConfig(), description="The model that trains.")
     prompts: PromptsConfig = Field(default=DigitPrompts(), description="Where prompts come from.")
-    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Sampling.")
+    rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
     rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
     optimizer: OptimizerConfig = Field(

@@ -6,10 +6,20 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rewards.countdown import CountdownReward
 from rewards.digits import DigitHeldOut, DigitLogProb
 from rewards.ink import Ink
+from rewards.math_answer import MathAnswerReward
 from rewards.plugins import FunctionReward
+from rewards.sudoku import SudokuReward
 
 RewardConfig = Annotated[
-    DigitLogProb | DigitHeldOut | Ink | FunctionReward, Field(discriminator="kind")
+    DigitLogProb
+    | DigitHeldOut
+    | Ink
+    | SudokuReward
+    | CountdownReward
+    | MathAnswerReward
+    | FunctionReward,
+    Field(discriminator="kind"),
 ]

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic import Field
@@ -106,10 +107,24 @@ def find_module(module: str) -> ModuleSpec | None:
             return importlib.util.find_spec(module)
         except ValueError:  # loaded, but from nowhere: __main__
             return None
-    above = find_module(parent)
-    if above is None or above.submodule_search_locations is None:
-        return None
-    return PathFinder.find_spec(module, above.submodule_search_locations)
+    places = _places(parent)
+    try:
+        return PathFinder.find_spec(module, places) if places else None
+    except KeyError:  # a namespace package below one that is not imported
+        return PathFinder.find_spec(name, places)
+
+
+def _places(package: str) -> list[str]:
+    """Directories of a package; none where it is no package."""
+    spec = find_module(package)
+    if spec is None or spec.submodule_search_locations is None:
+        return []
+    if spec.origin is not None:
+        return list(spec.submodule_search_locations)
+    # A namespace package that is not imported cannot tell its own places.
+    parent, _, name = package.rpartition(".")
+    above = _places(parent) if parent else sys.path
+    return [str(place) for base in above if (place := Path(base or ".", name)).is_dir()]
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -142,10 +157,9 @@ def _modules_beside(module: str) -> list[str]:
     parent = module.rpartition(".")[0]
     while parent and find_module(parent) is None:
         parent = parent.rpartition(".")[0]
-    spec = find_module(parent) if parent else None
-    if spec is None:
+    if not parent:
         return [found.name for found in pkgutil.iter_modules()]
-    places = spec.submodule_search_locations or ()
+    places = _places(parent)
     return [f"{parent}.{found.name}" for found in pkgutil.iter_modules(places)]
 
 

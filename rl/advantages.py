@@ -15,9 +15,13 @@ CONSTANT = 1e-6
 class AdvantageConfig(BaseModel, frozen=True, extra="forbid"):
     """How rewards become advantages."""
 
-    std: Literal["group", "global"] = Field(
+    baseline: Literal["group", "none"] = Field(
+        default="group",
+        description="Subtract the group's mean; none weighs samples by the reward itself.",
+    )
+    std: Literal["group", "global", "none"] = Field(
         default="global",
-        description="Divide by the group's standard deviation or the whole batch's.",
+        description="Divide by the group's standard deviation, the whole batch's, or nothing.",
     )
     clip: float = Field(default=5.0, gt=0, description="Advantages are clamped to +- this.")
 
@@ -26,6 +30,8 @@ def group_advantages(
     rewards: Mapping[str, np.ndarray], weights: Mapping[str, float], config: AdvantageConfig
 ) -> np.ndarray:
     """``A = (R - mean_group) / (std + 1e-4)``, clamped; several rewards are normalised singly.
+
+    Without a baseline nothing is subtracted, with ``std: none`` nothing divided.
 
     Every reward is normalised inside its groups before the weighted sum, so that no reward's scale
     decides (the weights do). The standard deviation is the unbiased one. A group whose scores are
@@ -60,8 +66,13 @@ def _normalised(scores: np.ndarray, config: AdvantageConfig) -> np.ndarray:
     centred = np.where(
         (spread <= CONSTANT * (1 + np.abs(means))) & (counts > 0), centred * 0, centred
     )
+    if config.baseline == "none":
+        centred = scores
+    if config.std == "none":
+        return centred
     if config.std == "group":
-        std = np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(counts - 1, 1))
+        residual = scores - means
+        std = np.sqrt(np.nansum(residual**2, axis=1, keepdims=True) / np.maximum(counts - 1, 1))
     else:
         valid = scores[np.isfinite(scores)]
         std = np.std(valid, ddof=1) if len(valid) > 1 else np.zeros(())

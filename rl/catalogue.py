@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from rl.algorithm import Algorithm
+from rl.diffu_grpo import DiffuGRPO, DiffuGRPOConfig
+from rl.espo import ESPO, ESPOConfig
 from rl.flash_grpo import FlashGRPO, FlashGRPOConfig
 from rl.flow_grpo import FlowGRPO, FlowGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFast, FlowGRPOFastConfig
-from rl.grpo import GRPO
-from rollout.flow import FlowGrid
+from rl.fpo import FPO, FPOConfig
+from rl.grpo import GRPOConfig
+from rl.spg import SPG, SPGConfig
+from rl.text import TextAlgorithm, TextSettings
+from rl.trace_rl import TraceRL, TraceRLConfig
+from rl.wd1 import WD1, WD1Config
+from rollout.flow_sampler import FlowSamplerConfig
+from rollout.masked import MaskedSamplerConfig
 
-AlgorithmConfig = Annotated[
-    FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig, Field(discriminator="kind")
-]
+FlowAlgorithmConfig = FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig
+TextAlgorithmConfig = (
+    SPGConfig | DiffuGRPOConfig | FPOConfig | ESPOConfig | WD1Config | TraceRLConfig
+)
+AlgorithmConfig = Annotated[FlowAlgorithmConfig | TextAlgorithmConfig, Field(discriminator="kind")]
 
 
 def build_algorithm(
-    config: FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig,
-    grid: FlowGrid,
-    guidance_scale: float,
+    config: FlowAlgorithmConfig | TextAlgorithmConfig,
+    sampler: FlowSamplerConfig | MaskedSamplerConfig,
     seed: int,
-) -> GRPO:
-    """The algorithm of a config on a sampling grid."""
+) -> Algorithm[Any]:
+    """The algorithm of a config with a sampler of its kind.
+
+    Raises:
+        ValueError: an algorithm on flows with a text sampler, or the other way round.
+    """
+    if isinstance(config, GRPOConfig) and isinstance(sampler, FlowSamplerConfig):
+        return _on_flows(config, sampler, seed)
+    if isinstance(config, TextSettings) and isinstance(sampler, MaskedSamplerConfig):
+        return _on_text(config, sampler, seed)
+    raise ValueError(f"rl.kind {config.kind} does not go with rollout.kind {sampler.kind}")
+
+
+def _on_flows(config: FlowAlgorithmConfig, sampler: FlowSamplerConfig, seed: int) -> Algorithm[Any]:
+    grid, scale = sampler.grid(), sampler.guidance_scale
     match config:
         case FlashGRPOConfig():
-            return FlashGRPO(config, grid, guidance_scale, seed)
+            return FlashGRPO(config, grid, scale, seed)
         case FlowGRPOFastConfig():
-            return FlowGRPOFast(config, grid, guidance_scale, seed)
+            return FlowGRPOFast(config, grid, scale, seed)
         case FlowGRPOConfig():
-            return FlowGRPO(config, grid, guidance_scale, seed)
+            return FlowGRPO(config, grid, scale, seed)
+
+
+def _on_text(config: TextAlgorithmConfig, sampler: MaskedSamplerConfig, seed: int) -> TextAlgorithm:
+    match config:
+        case SPGConfig():
+            return SPG(config, sampler, seed)
+        case DiffuGRPOConfig():
+            return DiffuGRPO(config, sampler, seed)
+        case FPOConfig():
+            return FPO(config, sampler, seed)
+        case ESPOConfig():
+            return ESPO(config, sampler, seed)
+        case WD1Config():
+            return WD1(config, sampler, seed)
+        case TraceRLConfig():
+            return TraceRL(config, sampler, seed)

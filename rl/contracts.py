@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rewards.calling import Scores
-from rl.batches import Item
+from rl.items import Item
 from rollout.draws import Group
 from rollout.flow import FlowPlan
+from rollout.flow_sampler import FlowSummary
+from rollout.masked import DecodePlan, TextSummary
 
 Metrics = dict[str, float]
+Plan = FlowPlan | DecodePlan
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Sampled:
     Attributes:
         group: its draws.
         job: which call sampled it; the groups of a call come together.
-        transitions: ``Transitions`` or a reference to them.
-        media: uint8 (size, F, H, W, C) or a reference to it.
-        nodes: network evaluations that replaying the transitions takes.
-        branches: injected steps per member.
+        replay: what an objective replays (``Transitions``, ``Completions``), or a reference to it.
+        media: uint8 (size, F, H, W, C) or texts, or a reference to it.
+        summary: small facts of the sampler's kind.
+        facts: further numbers that the plan asked for, one a sample of the group.
         forwards: network evaluations that sampling took.
         seconds: the worker's time for it.
         version: the weights that made it.
@@ -32,10 +35,10 @@ class Sampled:
 
     group: Group
     job: int
-    transitions: Any
+    replay: Any
     media: Any
-    nodes: int
-    branches: int
+    summary: FlowSummary | TextSummary
+    facts: Mapping[str, tuple[float, ...]]
     forwards: int
     seconds: float
     version: int
@@ -54,7 +57,7 @@ class Update:
     """What a learner did in one call.
 
     Attributes:
-        table: per-branch columns (see ``rl/surrogate.py``), all ranks together, branches in order.
+        table: the algorithm's columns, a row per branch or completion, all ranks together.
         grad_norms: one per optimiser step, before clipping.
         forwards: network evaluations, ``backwards`` likewise, padding included.
         seconds: per rank, time inside the call.
@@ -70,7 +73,7 @@ class Update:
 class RolloutPool(Protocol):
     """Workers that sample groups."""
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> Iterator[Sampled]:
+    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> Iterator[Sampled]:
         """Groups as they complete; one that its data made impossible is dropped and counted."""
         ...
 
@@ -122,7 +125,7 @@ class Run(Protocol):
         ...
 
     def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
-        """Store an evaluation: numbers, scores by sample, a grid of samples."""
+        """Store an evaluation: numbers, scores by sample, the samples themselves."""
         ...
 
     def checkpoint(self, step: int) -> None:

@@ -71,6 +71,7 @@ class FlashGRPO(GRPO):
                 member_indices=tuple(next(indices) for _ in range(group.size)),
                 shared_noise=self.config.initial_noise == "shared",
                 tail=self.config.tail,
+                keep_final=self.config.dipod is not None,
             )
             for group in groups
         ]

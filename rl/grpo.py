@@ -6,23 +6,27 @@ hence what is trained) and the *weight* of each timestep in the loss.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
-from rl.advantages import AdvantageConfig
-from rl.batches import FlowBatch
-from rl.surrogate import Table, clipped_surrogate
-from rollout.draws import Group
+from rl.algorithm import Algorithm, AlgorithmSettings, Table
+from rl.contracts import Metrics, Sampled
+from rl.flow_batches import FlowBatch, micro_batches
+from rl.items import Item
+from rl.metrics import check_drift, flow_metrics
+from rl.surrogate import clipped_surrogate
 from rollout.flow import FlowGrid, FlowPlan, TailConfig
+from rollout.flow_sampler import FlowSummary, Transitions
 from rollout.policies.base import FlowPolicy
 
 
-class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
+class GRPOConfig(AlgorithmSettings, frozen=True, extra="forbid"):
     """Options of every member of the family."""
 
     clip_range: float = Field(
@@ -31,18 +35,6 @@ class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
         lt=1,
         description="c of the clipped ratio: 1e-4 for images, 1e-3 for Wan.",
     )
-    kl_coefficient: float = Field(
-        default=0.0, ge=0, description="beta of the KL to the weights before training; 0: none."
-    )
-    advantages: AdvantageConfig = Field(
-        default=AdvantageConfig(), description="Rewards to advantages."
-    )
-    minibatches: int = Field(
-        default=1,
-        ge=1,
-        description="Optimiser steps per rollout set, each on its share of the groups.",
-    )
-    epochs: int = Field(default=1, ge=1, description="Passes over a rollout set.")
     initial_noise: Literal["independent", "shared"] = Field(
         default="independent",
         description="shared: a group starts from one noise, so its rewards differ only by what "
@@ -55,14 +47,13 @@ class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
         default=None, description="Cheaper steps after the last injection in training rollouts."
     )
 
-    @property
-    def on_policy(self) -> bool:
-        """Whether every rollout is used once, before anything was updated."""
-        return self.minibatches * self.epochs == 1
+    @abstractmethod
+    def indices(self, steps: int) -> tuple[int, ...]:
+        """The grid indices that may be trained, on a grid of ``steps``."""
 
 
-class GRPO(ABC):
-    """An algorithm on a grid. Pure: it holds no state that changes."""
+class GRPO(Algorithm[GRPOConfig]):
+    """An algorithm on a grid."""
 
     def __init__(
         self, config: GRPOConfig, grid: FlowGrid, guidance_scale: float, seed: int
@@ -72,25 +63,9 @@ class GRPO(ABC):
         self.guidance_scale = guidance_scale
         self.seed = seed
 
-    @abstractmethod
-    def plans(self, step: int, groups: Sequence[Group]) -> list[FlowPlan]:
-        """How each group of a step is drawn: a function of (seed, step, group)."""
-
     def timestep_weights(self, index: Tensor) -> Tensor:
         """The weight of grid indices (m,) in the loss; 1 unless the algorithm says otherwise."""
         return torch.ones_like(index, dtype=torch.float32)
-
-    def loss(self, policy: FlowPolicy, batch: FlowBatch) -> tuple[Tensor, Table]:
-        """The micro-batch's part of the loss, and a row for each of its branches."""
-        return clipped_surrogate(
-            policy,
-            batch,
-            self.timestep_weights(batch.index[batch.node]),
-            guidance_scale=self.guidance_scale,
-            clip_range=self.config.clip_range,
-            kl_coefficient=self.config.kl_coefficient,
-            on_policy=self.config.on_policy,
-        )
 
     def plan(self, indices: Sequence[int]) -> FlowPlan:
         """A plan that injects at ``indices``, with this recipe's variance reduction."""
@@ -99,7 +74,74 @@ class GRPO(ABC):
             shared_noise=self.config.initial_noise == "shared",
             antithetic=self.config.antithetic,
             tail=self.config.tail,
+            keep_final=self.config.dipod is not None,
         )
+
+    def evaluation_plan(self, steps: int | None, orders: int = 0) -> FlowPlan:
+        """ODE."""
+        return FlowPlan(steps=steps)
+
+    def loss(self, policy: FlowPolicy, batch: FlowBatch) -> tuple[Tensor, Table]:
+        """The clipped surrogate on the branches, DiPOD's flow-matching loss on noised samples."""
+        velocity = policy.guided_velocity(
+            batch.x, batch.sigma, batch.condition, self.guidance_scale
+        )
+        loss, table = clipped_surrogate(
+            policy,
+            batch,
+            velocity,
+            self.timestep_weights(batch.index[batch.node]),
+            guidance_scale=self.guidance_scale,
+            clip_range=self.config.clip_range,
+            kl_coefficient=self.config.kl_coefficient,
+            on_policy=self.config.on_policy,
+        )
+        if self.config.dipod is not None:
+            # The guided velocity is the policy: it is what made the samples.
+            errors = (velocity[batch.clean_node] - batch.clean).square().flatten(1).mean(1)
+            loss = loss + (batch.clean_weights * errors).sum()
+        return loss, table
+
+    def shares(self, samples: Sequence[Sampled], valid: np.ndarray) -> np.ndarray:
+        """A mean over all branches of scored samples."""
+        branches = np.array([[self._summary(s).branches] for s in samples])
+        return valid / max(float((valid * branches).sum()), 1.0)
+
+    def distillation_shares(self, samples: Sequence[Sampled], valid: np.ndarray) -> np.ndarray:
+        """A mean over samples."""
+        return valid / max(float(valid.sum()), 1.0)
+
+    def evaluations(self, sample: Sampled) -> int:
+        """The nodes, and DiPOD's noised samples."""
+        return self._summary(sample).nodes + self._noised * sample.group.size
+
+    def batches(
+        self,
+        policy: FlowPolicy,
+        items: Sequence[Item],
+        fetch: Callable[[Any], Transitions],
+        size: int,
+        count: int,
+    ) -> Iterator[FlowBatch]:
+        """See ``rl/flow_batches.py``."""
+        return micro_batches(policy, items, fetch, size, count, self._noised)
+
+    def metrics(self, table: Mapping[str, np.ndarray]) -> Metrics:
+        """See ``rl/metrics.py``."""
+        return flow_metrics(table)
+
+    def check_drift(self, table: Mapping[str, np.ndarray], dtype: str) -> Metrics:
+        """Against a fifth of the clip range."""
+        return check_drift(table, self.config.clip_range, dtype)
+
+    @property
+    def _noised(self) -> int:
+        return self.config.dipod.draws if self.config.dipod is not None else 0
+
+    @staticmethod
+    def _summary(sample: Sampled) -> FlowSummary:
+        assert isinstance(sample.summary, FlowSummary)
+        return sample.summary
 
 
 def first_half(steps: int) -> tuple[int, ...]:

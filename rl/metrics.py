@@ -1,17 +1,18 @@
-"""Metrics of an update, from the table of its branches; and the drift check before the first."""
+"""Metrics of an update, from the table of its rows; and the drift check before the first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rl.contracts import Metrics
+from rl.contracts import Metrics, Sampled
+from rollout.masked import TextSummary
 
 Columns = Mapping[str, np.ndarray]
 
 
-def update_metrics(table: Columns) -> Metrics:
+def flow_metrics(table: Columns) -> Metrics:
     """Means over branches, and the panel per timestep index.
 
     ``gradient_share`` is the part of the summed size of d loss / d velocity that a timestep has.
@@ -38,6 +39,42 @@ def update_metrics(table: Columns) -> Metrics:
             f"{prefix}/gradient_share": float(table["gradient"][rows].sum()) / total,
         }
     return metrics
+
+
+def text_metrics(table: Columns) -> Metrics:
+    """Means over completions; the bound is per token, the loss as it was summed."""
+    if len(table["loss"]) == 0:
+        return {}
+    metrics: Metrics = {
+        "elbo/mean": float(table["elbo"].mean()),
+        "elbo/std": float(table["elbo"].std()),
+    }
+    for sign, rows in (("positive", table["advantage"] > 0), ("negative", table["advantage"] < 0)):
+        if rows.any():
+            metrics[f"elbo/{sign}"] = float(table["elbo"][rows].mean())
+    if "ratio" in table:
+        metrics["ratio/mean"] = float(table["ratio"].mean())
+        metrics["ratio/std"] = float(table["ratio"].std())
+        metrics["clip_fraction"] = float(table["clipped"].mean())
+    if "kl" in table:
+        metrics["kl"] = float(table["kl"].mean())
+    return metrics
+
+
+def length_metrics(prefix: str, samples: Sequence[Sampled]) -> Metrics:
+    """Tokens of completions through their EOS, and the share that has one; nothing for media."""
+    summaries = [s.summary for s in samples if isinstance(s.summary, TextSummary)]
+    lengths = np.array([length for s in summaries for length in s.lengths])
+    if len(lengths) == 0:
+        return {}
+    forwards = sum(sample.forwards for sample in samples)
+    return {
+        f"{prefix}/length/mean": float(lengths.mean()),
+        f"{prefix}/length/min": float(lengths.min()),
+        f"{prefix}/length/max": float(lengths.max()),
+        f"{prefix}/eos_rate": sum(s.ended for s in summaries) / len(lengths),
+        f"{prefix}/nfe_per_sample": forwards / len(lengths),
+    }
 
 
 class DriftError(RuntimeError):

@@ -3,56 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from rl.advantages import group_advantages
-from rl.batches import Item
+from rl.algorithm import Algorithm
 from rl.contracts import Metrics, Scored
-from rl.grpo import GRPOConfig
+from rl.items import Item
 
 
 def optimiser_steps(
-    scored: Sequence[Scored], weights: Mapping[str, float], config: GRPOConfig
+    scored: Sequence[Scored], weights: Mapping[str, float], algorithm: Algorithm[Any], step: int
 ) -> tuple[list[list[Item]], Metrics]:
     """The items of every optimiser step of a rollout set, and the rewards' metrics.
 
-    Groups are dealt to ``minibatches`` and repeated for ``epochs``. The loss of a step is the mean
-    over all scored branches of its minibatch; a group with advantages of exactly 0 adds nothing to
-    it, so it is not sent (unless a KL wants it) and only counted in the denominator. A step left
-    without items is no optimiser step.
+    Groups are dealt to ``minibatches`` and repeated for ``epochs``; a step that only distils (DiPOD's
+    alternating form) takes all groups ``dipod.steps`` times. Losses are means over all scored samples
+    of a minibatch; a group that would add exactly 0 to it is not sent and only counted in the
+    denominator. A step left without items is no optimiser step.
     """
+    config = algorithm.config
     rewards = {
         name: np.stack([group.scores[name].values for group in scored]) for name in scored[0].scores
     }
-    advantages = group_advantages(rewards, weights, config.advantages)
-    steps = [
-        _items(
-            scored[part :: config.minibatches],
-            advantages[part :: config.minibatches],
-            keep_constant=config.kl_coefficient > 0,
-        )
-        for part in range(config.minibatches)
-    ]
+    advantages = algorithm.advantages(rewards, weights)
     informative = [bool(np.nan_to_num(row).any()) for row in advantages]
     metrics: Metrics = {"zero_std_ratio": 1 - float(np.mean(informative))}
     for name, values in rewards.items():
         metrics |= _reward_metrics(name, values, sum(len(g.scores[name].failures) for g in scored))
-    return [items for _ in range(config.epochs) for items in steps if items], metrics
+    if config.dipod is not None and config.dipod.distils(step):
+        metrics["distilled"] = 1.0
+        only = [
+            _items(scored, advantages, algorithm, e, 1.0, 0.0) for e in range(config.dipod.steps)
+        ]
+        return [items for items in only if items], metrics
+    joint = config.dipod is not None and config.dipod.form == "joint"
+    coefficient = config.dipod.coefficient if config.dipod is not None and joint else 0.0
+    steps = [
+        _items(
+            scored[part :: config.minibatches],
+            advantages[part :: config.minibatches],
+            algorithm,
+            epoch,
+            coefficient,
+            1.0,
+        )
+        for epoch in range(config.epochs)
+        for part in range(config.minibatches)
+    ]
+    return [items for items in steps if items], metrics
 
 
-def _items(scored: Sequence[Scored], advantages: np.ndarray, keep_constant: bool) -> list[Item]:
+def _items(
+    scored: Sequence[Scored],
+    advantages: np.ndarray,
+    algorithm: Algorithm[Any],
+    epoch: int,
+    distillation: float,
+    policy: float,
+) -> list[Item]:
+    """Items of one optimiser step; ``policy`` and ``distillation`` weigh the two parts of the loss."""
     valid = np.isfinite(advantages)
-    branches = sum(
-        int(row.sum()) * group.sample.branches for row, group in zip(valid, scored, strict=True)
-    )
+    samples = [group.sample for group in scored]
+    shares = policy * algorithm.shares(samples, valid)
+    distilled = distillation * algorithm.distillation_shares(samples, valid)
+    keep = distillation > 0 or (policy > 0 and algorithm.config.kl_coefficient > 0)
     items: list[Item] = []
-    for group, row, mask in zip(scored, advantages, valid, strict=True):
-        row = np.nan_to_num(row)
-        if row.any() or (keep_constant and mask.any()):
-            sample = group.sample
+    for i, sample in enumerate(samples):
+        row = np.nan_to_num(advantages[i])
+        if row.any() or (keep and valid[i].any()):
             items.append(
-                Item(sample.transitions, sample.nodes, sample.group.prompt, row, mask / branches)
+                Item(
+                    replay=sample.replay,
+                    evaluations=algorithm.evaluations(sample),
+                    prompt=sample.group.prompt,
+                    advantages=row,
+                    weights=shares[i],
+                    distillation=distilled[i],
+                    epoch=epoch,
+                )
             )
     return items
 

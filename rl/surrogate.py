@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rl.batches import FlowBatch
+from rl.flow_batches import FlowBatch
 from rollout.flow import log_prob, per_sample, sde_step
 
 if TYPE_CHECKING:
     from rollout.policies.base import FlowPolicy
 
-# Per branch: what the driver makes metrics from. Arrays, not means, so that percentiles and
-# per-timestep figures are exact whatever the micro-batches and ranks were.
 Table = dict[str, Tensor]
 
 
 def clipped_surrogate(
     policy: FlowPolicy,
     batch: FlowBatch,
+    velocity: Tensor,
     timestep_weights: Tensor,
     *,
     guidance_scale: float,
@@ -37,8 +36,9 @@ def clipped_surrogate(
     """The loss (scalar: weighted sum over branches) and the table of its branches.
 
     Args:
-        policy: evaluated once per node, gradient through both guidance branches.
+        policy: evaluated for the KL's reference only.
         batch: n nodes, m branches.
+        velocity: of the nodes, under guidance, gradient through both branches.
         timestep_weights: (m,) the algorithm's weight of each branch, e.g. TGR's w_k.
         guidance_scale: the rollout's.
         clip_range: c, on the scale of a log-probability averaged over elements.
@@ -46,7 +46,6 @@ def clipped_surrogate(
         on_policy: nothing was updated since sampling, hence rho is 1 by definition and only its
             gradient matters; the table still reports the ratio against the stored log-probability.
     """
-    velocity = policy.guided_velocity(batch.x, batch.sigma, batch.condition, guidance_scale)
     node_mean, node_std = sde_step(batch.x, velocity, batch.sigma, batch.sigma_next, batch.g)
     mean, std = node_mean[batch.node], node_std[batch.node]
     new = log_prob(batch.x_next, mean, std)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from rl.batches import Item
+from rl.algorithm import Algorithm
 from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scorer
 from rl.evaluate import Evaluation
-from rl.grpo import GRPO
-from rl.metrics import check_drift, update_metrics
+from rl.items import Item
+from rl.metrics import length_metrics
 from rl.rollout_set import optimiser_steps
 from rollout.draws import Prompt, groups_for
 
@@ -48,7 +49,7 @@ class Trainer:
     """A run in progress; ``learner`` holds the state after ``step`` steps."""
 
     schedule: Schedule
-    algorithm: GRPO
+    algorithm: Algorithm[Any]
     prompts: Sequence[Prompt]
     pool: RolloutPool
     scorer: Scorer
@@ -82,7 +83,8 @@ class Trainer:
         )
         sampling = _Timed(self.pool.generate(groups, self.algorithm.plans(self.step, groups)))
         scored = self.scorer.score(sampling)
-        steps, metrics = optimiser_steps(scored, s.weights, self.algorithm.config)
+        steps, metrics = optimiser_steps(scored, s.weights, self.algorithm, self.step)
+        metrics |= length_metrics("rollout", [group.sample for group in scored])
         metrics |= {
             "time/rollout": sampling.finished - started,
             "time/reward": time.perf_counter() - sampling.finished,
@@ -94,7 +96,7 @@ class Trainer:
         if not self.proved and steps:
             self.proved = True
             table = self.learner.replay(steps[0])
-            metrics |= check_drift(table, self.algorithm.config.clip_range, s.dtype)
+            metrics |= self.algorithm.check_drift(table, s.dtype)
         return steps, metrics
 
     def _update(self, steps: list[list[Item]]) -> Metrics:
@@ -102,7 +104,7 @@ class Trainer:
         metrics: Metrics = {"optimizer_steps": float(len(steps))}
         if steps:
             update = self.learner.update(steps)
-            metrics |= update_metrics(update.table)
+            metrics |= self.algorithm.metrics(update.table)
             metrics["grad_norm"] = sum(update.grad_norms) / len(update.grad_norms)
             metrics["work/learner_forwards"] = float(update.forwards)
             metrics["work/backwards"] = float(update.backwards)

@@ -65,6 +65,7 @@ class FlowPlan:
         antithetic: members 2j and 2j+1 get opposite injected noise (needs ``shared_noise``).
         tail: cheaper steps after the last injection, or None for the grid's own.
         steps: another grid length than the sampler's, for evaluation by ODE.
+        keep_final: the final states are replayed too (as data of a flow-matching loss).
     """
 
     sde_indices: tuple[int, ...] = ()
@@ -73,6 +74,7 @@ class FlowPlan:
     antithetic: bool = False
     tail: TailConfig | None = None
     steps: int | None = None
+    keep_final: bool = False
 
 
 @dataclass(frozen=True)

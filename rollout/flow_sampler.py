@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from rollout.policies.base import FlowPolicy, forwards_per_sample
 class FlowSamplerConfig(BaseModel, frozen=True, extra="forbid"):
     """How a flow policy is sampled."""
 
+    kind: Literal["flow"] = "flow"
     steps: int = Field(default=20, ge=2, le=1000, description="Steps of the grid.")
     shift: float = Field(default=3.0, gt=0, description="Timestep shift: 3 at 480p, 5 at 720p.")
     guidance_scale: float = Field(
@@ -41,6 +43,10 @@ class FlowSamplerConfig(BaseModel, frozen=True, extra="forbid"):
         gt=0,
         description="Samples that a worker draws together; a job holds whole groups.",
     )
+
+    def build(self, policy: FlowPolicy) -> FlowSampler:
+        """The sampler of a policy."""
+        return FlowSampler(self, policy)
 
     def grid(self) -> FlowGrid:
         """The grid with its diffusion coefficient."""
@@ -58,6 +64,8 @@ class Transitions:
         x: fp32 (nodes, C, F, H, W); ``index``, ``sigma``, ``sigma_next``, ``g``: (nodes,).
         x_next: fp32 (branches, C, F, H, W); ``log_prob`` fp32 (branches,) when sampled.
         node: int64 (branches,), the node a branch leaves; ``member``: the sample it leads to.
+        final: fp32 (size, C, F, H, W), the samples themselves, or no rows where the plan keeps none.
+        seeds: int64 (size,), the draws' own, where final states are kept.
     """
 
     x: np.ndarray
@@ -69,6 +77,17 @@ class Transitions:
     log_prob: np.ndarray
     node: np.ndarray
     member: np.ndarray
+    final: np.ndarray
+    seeds: np.ndarray
+
+
+@dataclass(frozen=True)
+class FlowSummary:
+    """What the driver knows of a group: network evaluations that replaying it takes, and how many
+    injected steps a member has."""
+
+    nodes: int
+    branches: int
 
 
 @dataclass(frozen=True)
@@ -77,15 +96,20 @@ class FlowRollout:
 
     Attributes:
         group: its draws.
-        transitions: the injected steps; no rows for an ODE plan.
+        replay: the injected steps; no rows for an ODE plan.
         media: uint8 (size, frames, height, width, channels).
         forwards: network evaluations spent (a guided velocity counts 2).
     """
 
     group: Group
-    transitions: Transitions
+    replay: Transitions
     media: np.ndarray
     forwards: int
+
+    @property
+    def summary(self) -> FlowSummary:
+        """Its numbers."""
+        return FlowSummary(len(self.replay.x), len(self.replay.x_next) // self.group.size)
 
 
 @dataclass
@@ -264,8 +288,8 @@ class FlowSampler:
         return [signed for noise in half for signed in (noise, -noise)]
 
     def _finish(self, groups: Sequence[Group], tracks: list[_Track]) -> list[FlowRollout]:
-        final = [t.x.expand(len(t.members), *t.x.shape[1:]) for t in tracks]
-        media = self.policy.decode(torch.cat(final))
+        final = torch.cat([t.x.expand(len(t.members), *t.x.shape[1:]) for t in tracks])
+        media = self.policy.decode(final)
         rollouts: list[FlowRollout] = []
         offset = 0
         remaining = iter(tracks)
@@ -275,20 +299,27 @@ class FlowSampler:
                 own.append(next(remaining))
             transitions = _join([r for t in own for r in t.recorded], self.policy.latent_shape)
             forwards = sum(track.forwards for track in own)
-            span = media[offset : offset + group.size]
-            rollouts.append(FlowRollout(group, transitions, span, forwards))
+            span = slice(offset, offset + group.size)
+            if own[0].plan.keep_final:
+                seeds = np.array([group.draw(j).seed for j in range(group.size)], np.int64)
+                kept = final[span].cpu().numpy()
+                transitions = replace(transitions, final=kept, seeds=seeds)
+            rollouts.append(FlowRollout(group, transitions, media[span], forwards))
             offset += group.size
         return rollouts
 
 
 def _join(recorded: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> Transitions:
+    states, numbers = np.zeros((0, *shape), np.float32), np.zeros(0, np.float32)
+    ids = np.zeros(0, np.int64)
     if not recorded:
-        states, numbers = np.zeros((0, *shape), np.float32), np.zeros(0, np.float32)
-        ids = np.zeros(0, np.int64)
-        return Transitions(states, ids, numbers, numbers, numbers, states, numbers, ids, ids)
+        return Transitions(
+            states, ids, numbers, numbers, numbers, states, numbers, ids, ids, states, ids
+        )
     offsets = np.cumsum([0, *[len(record["x"]) for record in recorded[:-1]]])
     shifted = [
         {**record, "node": record["node"] + offset}
         for record, offset in zip(recorded, offsets, strict=True)
     ]
-    return Transitions(**{key: np.concatenate([r[key] for r in shifted]) for key in recorded[0]})
+    joined = {key: np.concatenate([r[key] for r in shifted]) for key in recorded[0]}
+    return Transitions(**joined, final=states, seeds=ids)

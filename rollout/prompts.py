@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from rollout.countdown import CountdownPrompts
 from rollout.draws import Prompt
+from rollout.math_prompts import MathPrompts
+from rollout.sudoku import SudokuPrompts
 
 DIRECTIONS = ("left", "right", "up", "down")
 
@@ -86,4 +89,7 @@ class FilePrompts(BaseModel, frozen=True, extra="forbid"):
         return Prompt(str(row.get("id", number)), row["prompt"], columns)
 
 
-PromptsConfig = Annotated[DigitPrompts | FilePrompts, Field(discriminator="kind")]
+PromptsConfig = Annotated[
+    DigitPrompts | FilePrompts | SudokuPrompts | CountdownPrompts | MathPrompts,
+    Field(discriminator="kind"),
+]

@@ -11,7 +11,8 @@ import torch
 
 from recipes.schema import Recipe
 from recipes.source import load
-from rollout.policies.wan import LoraAdapter, WanConfig, WanPolicy
+from rollout.policies.adapters import LoraAdapter
+from rollout.policies.wan import WanConfig, WanPolicy
 
 torch.set_num_threads(1)
 
@@ -53,3 +54,24 @@ def digits_recipe() -> Callable[..., Recipe]:
         return copy.deepcopy(load(Path("digits/flash_grpo"), Recipe, [*small, *overrides]).value)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llada_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaDA with random weights and the Sudoku tokenizer, in the released layout."""
+    from rollout.policies.llada.configuration import LLaDAConfig
+    from rollout.policies.llada.modeling import LLaDAModelLM
+    from rollout.policies.llada.pretraining import SIZES, build_tokenizer
+    from rollout.policies.llada.tokenizer import EOS, MASK
+
+    directory = tmp_path_factory.mktemp("llada")
+    tokenizer = build_tokenizer("sudoku")
+    mask, eos = (tokenizer.convert_tokens_to_ids(token) for token in (MASK, EOS))
+    small = {**SIZES, "d_model": 32, "n_layers": 2, "mlp_hidden_size": 64}
+    config = LLaDAConfig(**small, mask_token_id=mask, eos_token_id=eos, pad_token_id=eos)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = LLaDAModelLM(config)
+    network.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -9,10 +9,6 @@ moves left, right, up or down by a pixel a frame. Trained once in about a minute
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,9 @@ import torch
 from torch import Tensor
 
 from rollout.draws import keyed_generator
+from rollout.policies.embedded import cached, ensure
 from rollout.policies.wan import encode_words, null_words
 from rollout.prompts import DIRECTIONS
-
-logger = logging.getLogger(__name__)
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -80,27 +75,20 @@ def vocabulary(name: str) -> list[list[str]]:
 
 
 def cached_directory(name: str) -> Path:
-    """Where an embedded base is cached: under RECTIFY_CACHE or ~/.cache/rectify."""
-    root = os.environ.get("RECTIFY_CACHE") or Path.home() / ".cache" / "rectify"
-    return Path(root) / f"wan-{name}-v{VERSION}"
+    """Where an embedded base is cached."""
+    return cached(f"wan-{name}-v{VERSION}")
 
 
 def ensure_base(name: str) -> Path:
     """The directory of an embedded base, training it first where it is not cached."""
-    target = cached_directory(name)
-    if not (target / "conditions.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        logger.info("training the embedded base %s (once, about a minute)", name)
-        train_base(name, STEPS[name]).save_pretrained(scratch / "transformer")
+
+    def train(directory: Path) -> None:
+        train_base(name, STEPS[name]).save_pretrained(directory / "transformer")
         frames = 1 if name == "digits" else 4
         conditions = {"latent_shape": [1, frames, 8, 8], "vocabulary": vocabulary(name)}
-        (scratch / "conditions.json").write_text(json.dumps(conditions))
-        try:
-            os.rename(scratch, target)
-        except OSError:  # another process finished first; its result is the same
-            shutil.rmtree(scratch)
-    return target
+        (directory / "conditions.json").write_text(json.dumps(conditions))
+
+    return ensure(f"wan-{name}-v{VERSION}", train)
 
 
 def train_base(name: str, steps: int) -> Any:

@@ -8,11 +8,9 @@ is what the embedded digit models are. The network is the same class at every si
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +19,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rollout.policies.adapters import LoraAdapter, set_trainable
 from rollout.policies.base import FlowPolicy
 
 if TYPE_CHECKING:
@@ -30,18 +29,6 @@ EMBEDDED = ("digits", "moving-digits")
 # Below this batch size the CPU matrix kernels take another path and the last bits of a sample
 # depend on its company; rows are repeated up to it so that they don't.
 CPU_BATCH = 4
-
-
-class LoraAdapter(BaseModel, frozen=True, extra="forbid"):
-    """A low-rank adapter through peft, on the modules whose names end in one of ``targets``."""
-
-    rank: int = Field(default=16, gt=0, description="Rank r.")
-    alpha: int = Field(default=32, gt=0, description="Scale; the update is alpha/rank B A.")
-    targets: tuple[str, ...] = Field(
-        default=("to_q", "to_k", "to_v", "to_out.0"),
-        min_length=1,
-        description="Name endings of the linear layers that get an adapter.",
-    )
 
 
 class WanConfig(BaseModel, frozen=True, extra="forbid"):
@@ -122,11 +109,6 @@ def wan_linear_names(num_layers: int) -> list[str]:
     )
 
 
-def unmatched_targets(targets: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The adapter targets that match no module name, by peft's own rule (whole-part suffix)."""
-    return [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
-
-
 class WanPolicy(FlowPolicy):
     """A class-conditional Wan transformer."""
 
@@ -138,11 +120,8 @@ class WanPolicy(FlowPolicy):
         self.config = config
         self.conditions: dict[str, Any] = json.loads((directory / "conditions.json").read_text())
         transformer: Any = WanTransformer3DModel.from_pretrained(directory / "transformer")
-        self.module: Any = prepare_transformer(transformer, config, seed).to(device)
-        self._frozen: Any = None
-        if reference and config.lora is None:
-            self._frozen = copy.deepcopy(self.module).requires_grad_(False)
-        self._network: Any = self.module
+        module = prepare_transformer(transformer, config, seed).to(device)
+        super().__init__(module, adapted=config.lora is not None, reference=reference)
         self.latent_shape = tuple(self.conditions["latent_shape"])
         self._width: int = transformer.config["text_dim"]
 
@@ -163,7 +142,7 @@ class WanPolicy(FlowPolicy):
             x, t, condition = x[repeat], t[repeat], condition[repeat]
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            (velocity,) = self._network(
+            (velocity,) = self.network(
                 hidden_states=x,
                 timestep=(t * 1000).floor(),
                 encoder_hidden_states=condition,
@@ -175,24 +154,6 @@ class WanPolicy(FlowPolicy):
         """Pixels are the latents: [-1, 1] to uint8, channels last."""
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
-
-    @contextmanager
-    def reference(self) -> Generator[None]:
-        """The base without its adapter, or the frozen copy that ``reference=True`` kept."""
-        if self.config.lora is not None:
-            self.module.disable_adapters()
-            try:
-                yield
-            finally:
-                self.module.enable_adapters()
-            return
-        if self._frozen is None:
-            raise ValueError("the policy was built without reference=True")
-        self._network = self._frozen
-        try:
-            yield
-        finally:
-            self._network = self.module
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         """Adapter as ``pytorch_lora_weights.safetensors`` (diffusers' layout), or the whole."""
@@ -210,29 +171,7 @@ def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, s
     transformer.train()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if config.lora is None:
-        return transformer.requires_grad_(True)
-    from peft import LoraConfig
-
-    names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    if missing := unmatched_targets(config.lora.targets, names):
-        raise ValueError(f"LoRA targets {missing} match no linear layer of {config.checkpoint}")
-    transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer.add_adapter(
-            LoraConfig(
-                r=config.lora.rank,
-                lora_alpha=config.lora.alpha,
-                target_modules=list(config.lora.targets),
-                init_lora_weights="gaussian",
-            )
-        )
-    if config.dtype == "bfloat16":
-        for parameter in transformer.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    return transformer
+    return set_trainable(transformer, config.lora, config.dtype, config.checkpoint, seed)
 
 
 def save_transformer(

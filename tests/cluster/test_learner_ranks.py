@@ -16,7 +16,7 @@ from cluster.local import LocalLearner
 from cluster.ray_cluster import connected
 from cluster.weights import unpack
 from recipes.schema import Recipe
-from rl.batches import Item
+from rl.items import Item
 from rollout.draws import groups_for
 from rollout.flow_sampler import FlowSampler
 
@@ -36,7 +36,7 @@ def steps_of(recipe: Recipe) -> list[list[Item]]:
     from rl.catalogue import build_algorithm
 
     sampler = FlowSampler(recipe.rollout, policy)
-    algorithm = build_algorithm(recipe.rl, sampler.grid, 1.0, recipe.seed)
+    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
     steps = []
     for step in range(2):
         groups = groups_for(recipe.prompts.load(), seed=0, step=step, count=3, size=4)
@@ -44,8 +44,8 @@ def steps_of(recipe: Recipe) -> list[list[Item]]:
         generator = np.random.default_rng(step)
         steps.append(
             [
-                Item(r.transitions, len(r.transitions.x), r.group.prompt,
-                     generator.normal(size=4), np.full(4, 1 / 12))
+                Item(r.replay, len(r.replay.x), r.group.prompt,
+                     generator.normal(size=4), np.full(4, 1 / 12), np.zeros(4), 0)
                 for r in rollouts
             ]
         )  # fmt: skip

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rl.batches import Item, micro_batches
 from rl.flash_grpo import FlashGRPO, FlashGRPOConfig
+from rl.flow_batches import micro_batches
+from rl.items import Item
 from rollout.draws import groups_for
 from rollout.flow import FlowPlan, TailConfig, dpmpp_2m_step, ode_step, sde_step
 from rollout.flow_sampler import FlowSampler, FlowSamplerConfig
@@ -37,8 +38,8 @@ def test_a_group_does_not_depend_on_its_company(sampler: FlowSampler, shared: bo
     for group, plan, expected in zip(groups, plans, together, strict=True):
         (alone,) = sampler.sample([group], [plan])
         np.testing.assert_array_equal(alone.media, expected.media)
-        np.testing.assert_array_equal(alone.transitions.x_next, expected.transitions.x_next)
-        np.testing.assert_array_equal(alone.transitions.log_prob, expected.transitions.log_prob)
+        np.testing.assert_array_equal(alone.replay.x_next, expected.replay.x_next)
+        np.testing.assert_array_equal(alone.replay.log_prob, expected.replay.log_prob)
 
 
 def test_results_ignore_the_global_generator(sampler: FlowSampler):
@@ -53,15 +54,15 @@ def test_results_ignore_the_global_generator(sampler: FlowSampler):
 def test_a_shared_prefix_is_computed_once(sampler: FlowSampler, index: int):
     (rollout,) = sampler.sample(draw_groups(1), [FlowPlan((index,), shared_noise=True)])
     assert rollout.forwards == (index + 1) + SIZE * (6 - index - 1)
-    assert len(rollout.transitions.x) == 1
-    assert rollout.transitions.node.tolist() == [0] * SIZE
-    assert len(np.unique(rollout.transitions.x_next.reshape(SIZE, -1), axis=0)) == SIZE
+    assert len(rollout.replay.x) == 1
+    assert rollout.replay.node.tolist() == [0] * SIZE
+    assert len(np.unique(rollout.replay.x_next.reshape(SIZE, -1), axis=0)) == SIZE
 
 
 def test_independent_members_have_their_own_nodes(sampler: FlowSampler):
     (rollout,) = sampler.sample(draw_groups(1), [FlowPlan((2,))])
     assert rollout.forwards == SIZE * 6
-    assert rollout.transitions.node.tolist() == [0, 1, 2, 3]
+    assert rollout.replay.node.tolist() == [0, 1, 2, 3]
 
 
 def test_ode_plan_is_a_plain_euler_loop(sampler: FlowSampler, base_policy: WanPolicy):
@@ -75,14 +76,14 @@ def test_ode_plan_is_a_plain_euler_loop(sampler: FlowSampler, base_policy: WanPo
             v = base_policy.velocity(x, a.expand(SIZE), condition)
             x = ode_step(x, v, a.expand(SIZE), b.expand(SIZE))
     np.testing.assert_array_equal(rollout.media, base_policy.decode(x))
-    assert len(rollout.transitions.x) == 0
+    assert len(rollout.replay.x) == 0
 
 
 def test_antithetic_noise_comes_in_opposite_pairs(sampler: FlowSampler, base_policy: WanPolicy):
     (group,) = draw_groups(1)
     plan = FlowPlan((1,), shared_noise=True, antithetic=True)
     (rollout,) = sampler.sample([group], [plan])
-    t = rollout.transitions
+    t = rollout.replay
     x, sigma = torch.from_numpy(t.x), torch.from_numpy(t.sigma)
     with torch.no_grad():
         v = base_policy.velocity(x, sigma, base_policy.encode([group.prompt]))
@@ -94,13 +95,13 @@ def test_antithetic_noise_comes_in_opposite_pairs(sampler: FlowSampler, base_pol
 
 def test_naive_plans_inject_at_each_member_s_own_index(sampler: FlowSampler):
     (rollout,) = sampler.sample(draw_groups(1), [FlowPlan(member_indices=(0, 3, 1, 2))])
-    assert rollout.transitions.index.tolist() == [0, 3, 1, 2]
-    assert rollout.transitions.member.tolist() == [0, 1, 2, 3]
+    assert rollout.replay.index.tolist() == [0, 3, 1, 2]
+    assert rollout.replay.member.tolist() == [0, 1, 2, 3]
 
 
 def test_full_trajectory_chains(sampler: FlowSampler):
     (rollout,) = sampler.sample(draw_groups(1), [FlowPlan(tuple(range(5)), shared_noise=True)])
-    t = rollout.transitions
+    t = rollout.replay
     assert len(t.x) == 1 + 4 * SIZE
     np.testing.assert_array_equal(t.x[1 : 1 + SIZE], t.x_next[:SIZE])
     assert t.node[SIZE : 2 * SIZE].tolist() == [1, 2, 3, 4]
@@ -156,9 +157,9 @@ def test_replay_is_exact_whatever_the_micro_batch(lora_policy: WanPolicy, size: 
     rollouts = sampler.sample(groups, algorithm.plans(0, groups))
     ones = np.ones(SIZE)
     items = [
-        Item(r.transitions, len(r.transitions.x), r.group.prompt, ones, ones) for r in rollouts
+        Item(r.replay, len(r.replay.x), r.group.prompt, ones, ones, 0 * ones, 0) for r in rollouts
     ]
-    count = -(-sum(i.nodes for i in items) // size)
+    count = -(-sum(i.evaluations for i in items) // size)
     ratios = [
         algorithm.loss(lora_policy, batch)[1]["ratio"]
         for batch in micro_batches(lora_policy, items, lambda t: t, size, count)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
+from rollout.policies.adapters import LoraAdapter, unmatched_targets
 from rollout.policies.digits import moving_digits, training_digits
-from rollout.policies.wan import LoraAdapter, WanConfig, WanPolicy, unmatched_targets
+from rollout.policies.wan import WanConfig, WanPolicy
 
 
 def inputs(policy: WanPolicy, count: int = 9):

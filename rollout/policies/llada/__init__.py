@@ -1,0 +1,1 @@
+"""LLaDA: the masked-diffusion transformer, its tokenizer, its policy, and the embedded small ones."""

@@ -1,0 +1,135 @@
+"""The embedded LLaDAs: the real architecture at 0.9 M parameters, trained on a task's own format.
+
+Prompts and answers are those of ``rollout/sudoku.py`` and ``rollout/countdown.py`` (train split), so
+that the model knows how an answer looks; it is stopped long before it knows what is right, which is
+what reinforcement learning starts from. Trained once in minutes, cached and seeded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.countdown import TEMPLATE as COUNTDOWN
+from rollout.countdown import instance
+from rollout.draws import keyed_generator
+from rollout.masked import pad_left
+from rollout.policies.embedded import cached, ensure
+from rollout.sudoku import TEMPLATE as SUDOKU
+from rollout.sudoku import puzzle
+
+SIZES: dict[str, Any] = {
+    "d_model": 128,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 4,
+    "mlp_hidden_size": 384,
+    "vocab_size": 384,
+    "embedding_size": 384,
+    "max_sequence_length": 512,
+}
+VERSION = 1
+STEPS = {"sudoku": 300, "countdown": 1500}
+BATCH = 64
+LEARNING_RATE = 2e-3
+# Answers and the EOS that pad them; the models' recipes decode this many tokens.
+LENGTH = 24
+SEED = 0
+
+
+def example(name: str, *key: int | str) -> tuple[str, str]:
+    """A prompt and its answer, a function of the key."""
+    if name == "sudoku":
+        text, solution = puzzle("train", (0, 12), "base", *key)
+        return SUDOKU.format(puzzle=text), f"<answer>{solution}</answer>"
+    numbers, target, expression = instance("train", (3, 3), 9, "base", *key)
+    prompt = COUNTDOWN.format(numbers=" ".join(map(str, numbers)), target=target)
+    return prompt, f"<answer>{expression}</answer>"
+
+
+def cached_directory(name: str) -> Path:
+    """Where an embedded base is cached."""
+    return cached(f"llada-{name}-v{VERSION}")
+
+
+def ensure_base(name: str) -> Path:
+    """The directory of an embedded base, training it first where it is not cached."""
+
+    def train(directory: Path) -> None:
+        tokenizer = build_tokenizer(name)
+        train_base(name, tokenizer, STEPS[name]).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return ensure(f"llada-{name}-v{VERSION}", train)
+
+
+def build_tokenizer(name: str) -> Any:
+    """A tokenizer of 384 entries, trained on the task's prompts."""
+    from rollout.policies.llada.tokenizer import TAGS, train_tokenizer
+
+    prompts = [example(name, "tokenizer", i)[0] for i in range(256)]
+    parts = [part for prompt in prompts for part in re.split("|".join(TAGS), prompt)]
+    return train_tokenizer([*parts, *["user", "assistant", "\n\n"] * 256], SIZES["vocab_size"])
+
+
+def train_base(name: str, tokenizer: Any, steps: int) -> Any:
+    """Train with the released recipe's loss: mask k ~ U{1..L} of an answer, (L/k) sum of CE, over L.
+
+    The EOS that pad an answer to L are part of it. Returns the EMA weights.
+    """
+    from rollout.policies.llada.configuration import LLaDAConfig
+    from rollout.policies.llada.modeling import LLaDAModelLM
+    from rollout.policies.llada.tokenizer import BOS, EOS, MASK
+
+    ids = {"mask": MASK, "eos": EOS, "pad": EOS, "bos": BOS}
+    tokens = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in ids.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = LLaDAModelLM(LLaDAConfig(**SIZES, **tokens))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
+    for step in range(steps):
+        clean, mask, width = _batch(name, tokenizer, step)
+        generator = keyed_generator(SEED, "masks", name, step)
+        counts = torch.randint(1, LENGTH + 1, (BATCH, 1), generator=generator)
+        ranks = torch.rand(BATCH, LENGTH, generator=generator).argsort(1).argsort(1)
+        hidden = torch.zeros_like(clean, dtype=torch.bool)
+        hidden[:, width:] = ranks < counts
+        noised = clean.masked_fill(hidden, tokens["mask_token_id"])
+        logits = model(noised, mask, where=hidden).logits
+        losses = torch.nn.functional.cross_entropy(logits, clean[hidden], reduction="none")
+        weights = (1 / counts).expand(-1, clean.shape[1])[hidden]
+        optimizer.zero_grad()
+        ((losses * weights).sum() / BATCH).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(model)
+    return averaged.module
+
+
+def _batch(name: str, tokenizer: Any, step: int) -> tuple[Tensor, Tensor | None, int]:
+    """Clean tokens (B, P + LENGTH), their padding mask, and P."""
+    prompts: list[Tensor] = []
+    answers: list[Tensor] = []
+    for row in range(BATCH):
+        prompt, answer = example(name, step, row)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        prompts.append(torch.tensor(ids))
+        ended = tokenizer(answer + "<|eot_id|>")["input_ids"]
+        padded = (ended + [tokenizer.eos_token_id] * LENGTH)[:LENGTH]
+        answers.append(torch.tensor(padded))
+    width = max(len(prompt) for prompt in prompts)
+    tokens, mask = pad_left(prompts, width, tokenizer.eos_token_id)
+    if mask is not None:
+        mask = torch.cat([mask, torch.ones(BATCH, LENGTH, dtype=torch.int64)], dim=1)
+    return torch.cat([tokens, torch.stack(answers)], dim=1), mask, width
