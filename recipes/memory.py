@@ -7,22 +7,24 @@ unused. T are the trained parameters, N the ranks, all fp32. DeepSpeed 0.19 as c
     stage  parameters  gradients  optimiser                    buffers while gradients arrive
     0      whole       T          2 T, AdamW's moments         none
     1      whole       T          2 T/N, and T/N fp32 weights  the bucket
-    2      whole       T/N        2 T/N, and T/N fp32 weights  the bucket, T/N arriving, T/N sent
-    3      1/N         T/N        2 T/N                        the bucket, its copy, gathered weights
+    2      whole       T/N        2 T/N, and T/N fp32 weights  the bucket, its copy, T/N arriving
+    3      1/N         T/N        2 T/N, and T/N fp32 weights  the bucket, its copy, gathered weights
 
 A LLaDA's activations follow ``rollout/policies/llada/modeling.py``. With d = d_model, k the width of
 keys, m = mlp_hidden_size, c bytes of compute (2 in bfloat16) and x bytes of the residual stream (2 on a
 bfloat16 base, else 4), autograd saves for a token of a layer
 
     norms      2 (4 d + 4)            inputs, in fp32; + 2 x d normalised, where everything trains
-    inputs     c d                    of q, k, v and of ff, up, where one of them trains; in bfloat16
-                                      without adapters each of the five casts its own
+    inputs     c d                    of q, k, v and of ff, up, where one of them trains
     attention  c (2 d + 2 k) + 4 h    q, k, v, output and log-sum-exp of h heads: SDPA keeps no matrix
     mlp        3 c m                  gate, its silu, up; + c m, their product, where ff_out trains
     adapters   c r                    each
 
+In bfloat16, inputs of fp32 weights are cast for each of them alone: without adapters five of d, with
+adapters one for each, as wide as its layer's input.
+
 With gradient checkpointing: x d for a token of a layer, and one layer as above with the gradients at
-its widest place, c m + x d.
+its widest place, x d + c m (8 m where an adapter on ff_out casts its own to fp32 and back).
 """
 
 from __future__ import annotations
@@ -151,10 +153,14 @@ class _Network:
         common = norms + attention + 3 * c * m
         if self.lora is None:
             return common + 2 * self.residual * d + (5 if self.half else 2) * c * d + c * m
-        names = self.adapted
+        return common + c * (self._adapter_inputs() + self.lora[0] * len(self.adapted))
+
+    def _adapter_inputs(self) -> int:
+        d, names = self.size.d_model, self.adapted
+        if self.half:
+            return sum(self.size.linears[name][0] for name in names)
         inputs = bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"ff_proj", "up_proj"})
-        product = m if "ff_out" in names else 0
-        return common + c * (inputs * d + product + self.lora[0] * len(names))
+        return inputs * d + (self.size.mlp_hidden_size if "ff_out" in names else 0)
 
     def activations(self, tokens: int, scored: int, checkpointing: bool) -> int:
         """Bytes alive when the backward pass of ``tokens`` begins, the logits' apart."""
@@ -165,18 +171,20 @@ class _Network:
         if not checkpointing:
             return end + tokens * size.n_layers * self.saved() + self.casts
         inputs = tokens * size.n_layers * self.residual * d
-        widest = self.compute * size.mlp_hidden_size + self.residual * d
+        cast_back = self.half and "ff_out" in self.adapted
+        widest = (8 if cast_back else self.compute) * size.mlp_hidden_size + self.residual * d
         layer = tokens * (self.saved() + widest) + self.casts // size.n_layers
         return end + inputs + max(layer, self.casts)
 
     def inference(self, tokens: int) -> int:
         """Bytes alive at the widest place of a layer's forward, and the weights' copies.
 
-        Two residuals, a norm's output, queries, keys, values and the attention's output; silu, up and
-        their product, or while an adapter on up_proj is added, silu and three of up's size.
+        Two residuals, a norm's output (and in fp32, for an adapter), queries, keys, values and the
+        attention's output; silu, up and their product, or while an adapter on up_proj is added, silu
+        and three of up's size.
         """
         wide = 4 if "up_proj" in self.adapted else 3
-        narrow = 3 * self.residual * self.size.d_model
+        narrow = (3 * self.residual + (FP32 if self.half and self.lora else 0)) * self.size.d_model
         attention = self.compute * 2 * (self.size.d_model + self.size.kv_width)
         token = narrow + attention + wide * self.compute * self.size.mlp_hidden_size
         return tokens * token + self.casts
@@ -199,8 +207,8 @@ def learner_memory(
     """Bytes that rank 0 of a text policy's learner holds while gradients are computed.
 
     The parts are alive together at the backward pass through the logits, except that a checkpointed
-    layer is recomputed when these are gone: the sum is an upper bound. An optimiser step needs less
-    as long as activations and logits are larger than T.
+    layer is recomputed when these are gone: the sum is an upper bound. An optimiser step comes when
+    both are, and takes up to 2 T/N more for a moment.
 
     Args:
         size: of the network.
@@ -224,13 +232,7 @@ def learner_memory(
 
 
 def state_memory(
-    frozen: int,
-    width: int,
-    trained: int,
-    zero_stage: int,
-    ranks: int,
-    gpu: bool,
-    reference: bool,
+    frozen: int, width: int, trained: int, zero_stage: int, ranks: int, gpu: bool, reference: bool
 ) -> dict[str, int]:
     """Bytes of parameters, gradients and optimiser on rank 0, see the module's docstring.
 
@@ -247,16 +249,17 @@ def state_memory(
     whole, share = FP32 * trained, FP32 * -(-trained // ranks)
     parameters = width * frozen + whole if zero_stage < 3 else width * -(-frozen // ranks) + share
     written = FP32 * min(trained, REDUCE_BUCKET)
+    sent = written if ranks > 1 else 0
     bucket = FP32 * REDUCE_BUCKET if gpu else written
-    gathered = width * min(frozen or trained, LIVE_PARAMETERS)
+    live = min(trained, LIVE_PARAMETERS)
+    gathered = FP32 * live + width * min(frozen, LIVE_PARAMETERS - live)
+    buffers = (0, bucket, bucket + sent + share, bucket + written + gathered)
     return {
         "parameters": parameters + (whole if reference and not frozen else 0),
         "gradients": whole if zero_stage < 2 else share,
-        "optimiser": (2 * whole, 3 * share, 3 * share, 2 * share)[zero_stage],
+        "optimiser": 3 * share if zero_stage else 2 * whole,
         "average": whole,
-        "buffers": (0, bucket, bucket + min(ranks, 2) * share, bucket + written + gathered)[
-            zero_stage
-        ],
+        "buffers": buffers[zero_stage],
     }
 
 

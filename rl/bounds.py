@@ -140,7 +140,7 @@ def eubo(log_probs: Tensor, scored: Tensor, scale: Tensor, b: float) -> tuple[Te
 
 
 def _stratified(options: int, draws: int, generator: torch.Generator) -> Tensor:
-    """``draws`` numbers of 0 ... options - 1, each uniform, together spread out."""
+    """``draws`` numbers of 0 ... options - 1, ascending and spread out; their mixture is uniform."""
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     strata = (torch.arange(draws) + offset) / draws
     return (strata * options).long().clamp(max=options - 1)

@@ -23,6 +23,10 @@ from rollout.masked import Completions
 from rollout.policies.base import MaskedDiffusionPolicy
 
 EXACT = 6
+# Contexts of a forward with gradient.
+CHUNK = 128
+
+Gradients = tuple[Tensor, ...]
 
 
 def variational_gap(
@@ -45,20 +49,16 @@ def _one(
     length = int(completions.lengths[member])
     prompt = torch.from_numpy(completions.prompt)
     answer = torch.from_numpy(completions.tokens[member])
-    with torch.enable_grad():
-        if length <= EXACT:
+    parameters = list(policy.trainable().values())
+    if length <= EXACT:
+        with torch.enable_grad():
             log_prob, bound = exact(policy, prompt, answer, length)
-        else:
-            generator = keyed_generator(int(completions.seeds[member]), "orders")
-            permutations = torch.stack(
-                [torch.randperm(length, generator=generator) for _ in range(orders)]
-            )
-            chains = _chains(policy, prompt, answer, permutations)
-            log_prob = chains.logsumexp(0) - torch.tensor(float(orders)).log()
-            bound = chains.mean()
-        parameters = list(policy.trainable().values())
-        true = torch.autograd.grad(log_prob, parameters, retain_graph=True)
-        proxy = torch.autograd.grad(bound, parameters)
+            true = torch.autograd.grad(log_prob, parameters, retain_graph=True)
+            proxy = torch.autograd.grad(bound, parameters)
+    else:
+        generator = keyed_generator(int(completions.seeds[member]), "orders")
+        drawn = [torch.randperm(length, generator=generator) for _ in range(orders)]
+        log_prob, bound, true, proxy = _sampled(policy, prompt, answer, torch.stack(drawn))
     return {
         "log_prob": log_prob.item(),
         "elbo": bound.item(),
@@ -102,17 +102,40 @@ def exact(
     return log_f[frozenset()], bound_f[frozenset()]
 
 
-def _chains(
+def _sampled(
     policy: MaskedDiffusionPolicy, prompt: Tensor, answer: Tensor, orders: Tensor
-) -> Tensor:
-    """Log-probability (R,) of the sample along each order (R, L)."""
+) -> tuple[Tensor, Tensor, Gradients, Gradients]:
+    """log pi and ELBO of the sample from ``orders`` (R, L), and their gradients.
+
+    Both gradients are sums over contexts, with the chains' softmax and 1/R as weights; they are
+    gathered over ``CHUNK`` contexts at a time, so that memory does not grow with R and L.
+    """
     count, length = orders.shape
-    ranks = orders.argsort(1)
     hidden = torch.ones(count, length, len(answer), dtype=torch.bool)
-    hidden[:, :, :length] = ranks[:, None] >= torch.arange(length)[:, None]
-    log_probs = _log_probs(policy, prompt, answer, hidden.flatten(0, 1), length)
-    chosen = orders.flatten().to(log_probs.device)
-    return log_probs.gather(1, chosen[:, None]).reshape(count, length).sum(1)
+    hidden[:, :, :length] = orders.argsort(1)[:, None] >= torch.arange(length)[:, None]
+    contexts, chosen = hidden.flatten(0, 1), orders.flatten()
+
+    def terms(rows: slice) -> Tensor:
+        log_probs = _log_probs(policy, prompt, answer, contexts[rows], length)
+        return log_probs.gather(1, chosen[rows, None].to(log_probs.device))[:, 0]
+
+    spans = [slice(start, start + CHUNK) for start in range(0, len(contexts), CHUNK)]
+    with torch.no_grad():
+        chains = torch.cat([terms(rows) for rows in spans]).reshape(count, length).sum(1)
+    shares = chains.softmax(0).repeat_interleave(length)
+    parameters = list(policy.trainable().values())
+    true = proxy = tuple(torch.zeros_like(p) for p in parameters)
+    for rows in spans:
+        with torch.enable_grad():
+            part = terms(rows)
+            weighted = torch.autograd.grad(
+                (shares[rows] * part).sum(), parameters, retain_graph=True
+            )
+            mean = torch.autograd.grad(part.sum() / count, parameters)
+        true = tuple(a + b for a, b in zip(true, weighted, strict=True))
+        proxy = tuple(a + b for a, b in zip(proxy, mean, strict=True))
+    log_prob = chains.logsumexp(0) - torch.tensor(float(count)).log()
+    return log_prob, chains.mean(), true, proxy
 
 
 def _log_probs(
@@ -130,7 +153,7 @@ def _log_probs(
     return torch.zeros_like(scored, dtype=chosen.dtype).masked_scatter(scored, chosen)
 
 
-def _cosine(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> float:
+def _cosine(first: Gradients, second: Gradients) -> float:
     dot = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
     norms = [sum(float(a.square().sum()) for a in part) ** 0.5 for part in (first, second)]
     return dot / max(norms[0] * norms[1], 1e-30)

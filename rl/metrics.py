@@ -19,8 +19,9 @@ def flow_metrics(table: Columns) -> Metrics:
     """
     if len(table["index"]) == 0:
         return {}
+    weight = float(table["weight"].sum()) or 1.0  # 0 in a step that only distils
     metrics: Metrics = {
-        "loss": float((table["weight"] * table["loss"]).sum() / table["weight"].sum()),
+        "loss": float((table["weight"] * table["loss"]).sum()) / weight,
         "ratio/mean": float(table["ratio"].mean()),
         "ratio/std": float(table["ratio"].std()),
         "clip_fraction": float(table["clipped"].mean()),

@@ -46,6 +46,7 @@ class SPGConfig(TextSettings, frozen=True, extra="forbid"):
         lt=1,
         description="block: hidden share of the prompt and earlier tokens.",
     )
+    kl_coefficient: float = Field(default=0.0, ge=0, le=0, description="0: SPG has no KL.")
 
 
 class SPG(TextAlgorithm):

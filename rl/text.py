@@ -75,8 +75,8 @@ class TextAlgorithm(Algorithm[TextSettings]):
         return [DecodePlan()] * len(groups)
 
     def evaluation_plan(self, steps: int | None, orders: int = 0) -> DecodePlan:
-        """Temperature 0."""
-        return DecodePlan(steps=steps, temperature=0.0, orders=orders)
+        """Temperature 0, without cache or threshold."""
+        return DecodePlan(steps=steps, temperature=0.0, exact=True, orders=orders)
 
     def loss(self, policy: MaskedDiffusionPolicy, batch: TextBatch) -> tuple[Tensor, Table]:
         """The objective and DiPOD's term, each summed with its own weights."""
@@ -189,7 +189,8 @@ def clipped(
     log_ratio: Tensor, advantages: Tensor, clip_range: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``max(-A rho, -A clip(rho, 1 +- c))``, rho, and where the clip is active; shapes broadcast."""
-    ratio = log_ratio.exp()
+    # Where exp overflows, 0 * inf would make even a sample of weight 0 NaN.
+    ratio = log_ratio.clamp(max=80).exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     losses = torch.maximum(-advantages * ratio, -advantages * bounded)
     outside = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)

@@ -5,7 +5,8 @@
     loss = sum_j sum_t max(-A rho_t, -A clip(rho_t, 1 +- c)) / sum_j L_j
 
 With as many segments as steps this is the likelihood of the trace itself; fewer is the paper's
-shrinkage. The paper's value model is left out: advantages are the group's.
+shrinkage. The paper's value model is left out: advantages are the group's. What follows the EOS counts
+as never visible, though decoding may have committed it before the answer's last tokens.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class WD1Config(TextSettings, frozen=True, extra="forbid"):
     prompt_dropout: float = Field(
         default=0.15, ge=0, lt=1, description="Share of the prompt that is hidden."
     )
+    kl_coefficient: float = Field(default=0.0, ge=0, le=0, description="0: wd1 has no KL.")
 
 
 class WD1(TextAlgorithm):

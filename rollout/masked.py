@@ -82,11 +82,13 @@ class DecodePlan:
 
     Attributes:
         steps, temperature: None: the recipe's.
+        exact: without cache or threshold, whatever the recipe says.
         orders: estimate the variational gap of the samples from so many orders (0: don't).
     """
 
     steps: int | None = None
     temperature: float | None = None
+    exact: bool = False
     orders: int = 0
 
 
@@ -167,7 +169,10 @@ class MaskedSampler:
         tokens = torch.cat([tokens, blank], dim=1).to(self.policy.device)
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(blank)], dim=1).to(self.policy.device)
-        decoding = _Decoding(self.config, self.policy, plans[0], seeds, width)
+        config = self.config
+        if plans[0].exact:
+            config = config.model_copy(update={"cache": "none", "threshold": None})
+        decoding = _Decoding(config, self.policy, plans[0], seeds, width)
         completions, decode_step, forwards = decoding.run(tokens, mask)
         return self._split(groups, prompts, seeds, completions, decode_step, forwards)
 

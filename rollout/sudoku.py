@@ -18,8 +18,8 @@ from rollout.draws import Prompt, keyed_seed
 Split = Literal["train", "validation", "test"]
 
 TEMPLATE = (
-    "Solve this 4x4 Sudoku. Replace every 0 by a digit from 1 to 4 so that no row, no column and no "
-    "2x2 box holds a digit twice. Write all 16 digits inside <answer></answer>.\n{puzzle}"
+    "Solve this Sudoku of four by four cells. Replace every zero so that no row, column or box holds "
+    "a digit twice. Write all sixteen digits inside <answer></answer>.\n{puzzle}"
 )
 # Solution grids of each split, in the order of one fixed permutation: no grid is in two.
 SPLITS = {"train": slice(0, 224), "validation": slice(224, 256), "test": slice(256, 288)}

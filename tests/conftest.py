@@ -61,13 +61,13 @@ def llada_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small LLaDA with random weights and the Sudoku tokenizer, in the released layout."""
     from rollout.policies.llada.configuration import LLaDAConfig
     from rollout.policies.llada.modeling import LLaDAModelLM
-    from rollout.policies.llada.pretraining import SIZES, build_tokenizer
+    from rollout.policies.llada.pretraining import build_tokenizer, model_sizes
     from rollout.policies.llada.tokenizer import EOS, MASK
 
     directory = tmp_path_factory.mktemp("llada")
     tokenizer = build_tokenizer("sudoku")
     mask, eos = (tokenizer.convert_tokens_to_ids(token) for token in (MASK, EOS))
-    small = {**SIZES, "d_model": 32, "n_layers": 2, "mlp_hidden_size": 64}
+    small = {**model_sizes("sudoku"), "d_model": 32, "n_layers": 2, "mlp_hidden_size": 64}
     config = LLaDAConfig(**small, mask_token_id=mask, eos_token_id=eos, pad_token_id=eos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,18 @@ from torch import Tensor
 from toy import (
     AA,
     AB,
+    CONFIGS,
     OUTCOMES,
+    WINDOW,
     batch_of,
+    batches,
+    build,
     completions,
     every_mask,
     item_of,
+    items_of,
+    joint,
+    random_llada,
     random_policy,
     toy_batch,
     toy_policy,
@@ -35,17 +44,19 @@ from rl.bounds import (
     joined,
 )
 from rl.gap import exact
-from rl.text_batches import token_log_probs
+from rl.items import share
+from rl.text_batches import TextBatch, token_log_probs
+from rollout.policies.llada.policy import LladaPolicy
 
 # Frequencies are compared at 99.9 % (chi-square) or at 4 standard errors, from fixed seeds.
-LENGTH, WINDOW, PROMPT, DRAWS = 5, 8, 6, 3000
+LENGTH, ROOM, PROMPT, DRAWS = 5, 8, 6, 3000
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def assert_uniform(observed: Counter[object] | Counter[int], options: int) -> None:
+def assert_uniform(observed: Counter[Any], options: int) -> None:
     """Every option as often as any other, at 99.9 %."""
     expected = sum(observed.values()) / options
     assert len(observed) == options
@@ -108,8 +119,8 @@ def test_the_bounds_are_ordered_and_the_upper_one_holds_for_b_of_the_length():
 
 
 def test_with_one_draw_the_upper_bound_s_gradient_is_that_of_plain_log_p():
-    masks = exact_k_masks(LENGTH, WINDOW, PROMPT, 1, generator(3))
-    log_probs = torch.linspace(-3, -0.1, WINDOW).expand(1, 1, WINDOW) * masks.scored
+    masks = exact_k_masks(LENGTH, ROOM, PROMPT, 1, generator(3))
+    log_probs = torch.linspace(-3, -0.1, ROOM).expand(1, 1, ROOM) * masks.scored
     for b in (1.0, 1.5, 5.0):
         leaf = log_probs.clone().requires_grad_()
         value, covered = eubo(leaf, masks.scored[None], masks.scale[None], b)
@@ -145,17 +156,17 @@ def test_a_token_that_no_draw_masked_is_left_out_and_has_no_gradient():
 
 
 LAWS: dict[str, Callable[[int], Masks]] = {
-    "exact_k": lambda draws: exact_k_masks(LENGTH, WINDOW, PROMPT, draws, generator()),
-    "coupled": lambda draws: coupled_masks(LENGTH, WINDOW, PROMPT, draws, generator()),
-    "block": lambda draws: block_masks(LENGTH, WINDOW, PROMPT, draws, generator(), 2, 0.15),
-    "full": lambda draws: full_masks(LENGTH, WINDOW, PROMPT, draws, generator(), 0.15),
+    "exact_k": lambda draws: exact_k_masks(LENGTH, ROOM, PROMPT, draws, generator()),
+    "coupled": lambda draws: coupled_masks(LENGTH, ROOM, PROMPT, draws, generator()),
+    "block": lambda draws: block_masks(LENGTH, ROOM, PROMPT, draws, generator(), 2, 0.15),
+    "full": lambda draws: full_masks(LENGTH, ROOM, PROMPT, draws, generator(), 0.15),
 }
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_after_the_end_all_is_hidden_and_nothing_scored_but_the_eos_is(law: str):
     masks = LAWS[law](DRAWS)
-    assert masks.hidden.shape == masks.scored.shape == (DRAWS, WINDOW)
+    assert masks.hidden.shape == masks.scored.shape == (DRAWS, ROOM)
     assert masks.prompt.shape == (DRAWS, PROMPT)
     assert masks.scale.shape == (DRAWS,)
     assert masks.scale.dtype == torch.float32
@@ -177,12 +188,12 @@ def test_masks_are_their_generator_s(law: str):
 
 
 def test_exact_k_is_stratified_over_1_to_the_length_and_uniform_over_subsets():
-    masks = exact_k_masks(LENGTH, WINDOW, PROMPT, LENGTH * 600, generator())
+    masks = exact_k_masks(LENGTH, ROOM, PROMPT, LENGTH * 600, generator())
     counts = masks.scored.sum(1)
     assert counts.bincount().tolist() == [0, *[600] * LENGTH]
     torch.testing.assert_close(masks.scale, LENGTH / counts)
     for k in range(1, LENGTH):
-        chosen = Counter[object](subset(row) for row in masks.scored[counts == k])
+        chosen = Counter[Any](subset(row) for row in masks.scored[counts == k])
         assert_uniform(chosen, math.comb(LENGTH, k))
 
 
@@ -206,7 +217,7 @@ def test_a_completion_of_one_token_is_always_masked():
 
 
 def test_coupled_masks_are_a_mask_and_its_complement_with_all_sizes():
-    masks = coupled_masks(LENGTH, WINDOW, PROMPT, 2 * 6 * 400, generator())
+    masks = coupled_masks(LENGTH, ROOM, PROMPT, 2 * 6 * 400, generator())
     first, second = masks.scored[0::2, :LENGTH], masks.scored[1::2, :LENGTH]
     assert torch.equal(first, ~second)
     counts = first.sum(1)
@@ -215,7 +226,7 @@ def test_coupled_masks_are_a_mask_and_its_complement_with_all_sizes():
     torch.testing.assert_close(masks.scale[sizes > 0], (LENGTH + 1) / sizes[sizes > 0])
     assert torch.isfinite(masks.scale).all()
     for k in range(1, LENGTH):
-        chosen = Counter[object](subset(row) for row in first[counts == k])
+        chosen = Counter[Any](subset(row) for row in first[counts == k])
         assert_uniform(chosen, math.comb(LENGTH, k))
 
 
@@ -267,7 +278,7 @@ def test_blocks_and_numbers_of_masked_tokens_are_uniform_and_what_follows_is_hid
     assert not masks.prompt.any()
     blocks: Counter[int] = Counter()
     counts: dict[int, Counter[int]] = {0: Counter(), 1: Counter(), 2: Counter()}
-    singles: Counter[object] = Counter()
+    singles: Counter[Any] = Counter()
     for row in masks.hidden:
         block = int(row.int().argmax()) // 4
         stop = min(4 * block + 4, BLOCK_LENGTH)
@@ -314,3 +325,65 @@ def test_joined_masks_keep_the_order_of_draws():
         left, right = getattr(first, name), getattr(second, name)
         assert torch.equal(getattr(both, name)[:1], left)
         assert torch.equal(getattr(both, name)[1:], right)
+
+
+@pytest.fixture(scope="module")
+def llada() -> LladaPolicy:
+    return random_llada()
+
+
+def masks_by_sample(parts: Sequence[TextBatch]) -> dict[Any, list[Any]]:
+    """What each sample (known by its targets) is scored at, without left padding."""
+    found: dict[Any, list[Any]] = {}
+    for batch in parts:
+        for j in range(len(batch.tokens)):
+            tokens = batch.tokens[j]
+            if batch.attention_mask is not None:
+                tokens = tokens[:, batch.attention_mask[j].bool()]
+            key = (*batch.targets[j].tolist(), tokens.shape[1])
+            found[key] = [tokens.tolist(), batch.scored[j].tolist(), batch.scale[j].tolist()]
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_masks_depend_on_seed_pass_and_sample_only(llada: LladaPolicy, name: str):
+    algorithm = build(joint(CONFIGS[name]))
+    items = items_of(llada, algorithm)
+    whole = masks_by_sample(batches(llada, algorithm, items, 12))
+    assert len(whole) == 12
+    torch.manual_seed(99)
+    assert masks_by_sample(batches(llada, algorithm, items, 1)) == whole
+    assert masks_by_sample(batches(llada, algorithm, items[::-1], 5)) == whole
+    parts = [masks_by_sample(batches(llada, algorithm, p, 2)) for p in share(items, 2)]
+    assert {k: v for part in parts for k, v in part.items()} == whole
+    later = [replace(item, epoch=1) for item in items]
+    other = masks_by_sample(batches(llada, algorithm, later, 12))
+    assert other.keys() == whole.keys()
+    assert sum(other[key] != whole[key] for key in whole) > 6
+    # Another seed of each group's second member: its masks change and nobody else's.
+    reseeded = [
+        replace(i, replay=replace(i.replay, seeds=i.replay.seeds + np.array([0, 1, 0])))
+        for i in items
+    ]
+    other = masks_by_sample(batches(llada, algorithm, reseeded, 12))
+    changed = {key for key in whole if other[key] != whole[key]}
+    second = {(*i.replay.tokens[1].tolist(), len(i.replay.prompt) + WINDOW) for i in items}
+    assert changed and changed <= second
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inputs_hide_what_is_scored_and_what_follows_the_end(llada: LladaPolicy, name: str):
+    algorithm = build(CONFIGS[name])
+    (batch,) = batches(llada, algorithm, items_of(llada, algorithm), 12)
+    answers = batch.tokens[..., -WINDOW:]
+    after = torch.arange(WINDOW) >= batch.lengths[:, None]
+    hidden = answers == llada.mask_token_id
+    targets = batch.targets[:, None].expand_as(answers)
+    assert hidden[batch.scored].all()
+    assert hidden[after[:, None].expand_as(hidden)].all()
+    assert not (batch.scored & after[:, None]).any()
+    assert torch.equal(answers[~hidden], targets[~hidden])
+    ends = torch.arange(WINDOW) == batch.lengths[:, None] - 1
+    short = batch.lengths < WINDOW
+    assert (batch.targets[ends & short[:, None]] == llada.eos_token_id).all()
+    assert (batch.scored & ends[:, None])[short].any()

@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from toy import (
-    TablePolicy,
+    CONFIGS,
+    REWARDS,
+    WINDOW,
     batch_of,
+    batches,
+    build,
     completions,
+    gradient,
     item_of,
+    items_of,
+    joint,
     random_llada,
     random_policy,
-    sampler_of,
     scored_groups,
 )
-from torch import Tensor
 
 from rl.advantages import group_advantages
-from rl.bounds import Masks, full_masks
-from rl.catalogue import build_algorithm
 from rl.diffu_grpo import DiffuGRPOConfig
-from rl.dipod import DipodConfig
 from rl.espo import ESPOConfig
 from rl.fpo import FPOConfig
-from rl.items import Item, micro_steps, share
+from rl.items import share
 from rl.rollout_set import optimiser_steps
 from rl.spg import SPGConfig
-from rl.text import TextAlgorithm, TextSettings
+from rl.text import TextAlgorithm, TextSettings, clipped
 from rl.text_batches import TextBatch, token_log_probs
 from rl.trace_rl import TraceRLConfig
 from rl.wd1 import WD1Config
-from rollout.draws import Prompt, groups_for
-from rollout.masked import Completions, DecodePlan, MaskedSampler
 from rollout.policies.llada.policy import LladaPolicy
 
-WINDOW = 6
 LENGTHS = (6, 3, 5, 1, 4)
-ADVANTAGES = (0.7, -0.4, 0.0, -1.2, 0.3)
-CONFIGS: dict[str, TextSettings] = {
-    "spg": SPGConfig(draws=3),
-    "diffu_grpo": DiffuGRPOConfig(),
-    "fpo": FPOConfig(draws=3),
-    "espo": ESPOConfig(draws=4),
-    "wd1": WD1Config(),
-    "trace_rl": TraceRLConfig(segments=3),
-}
+ADVANTAGES = (-0.7, -0.4, 0.0, -1.2, 0.3)
 WITH_RATIO = ("diffu_grpo", "fpo", "espo", "trace_rl")
 PER_TOKEN = ("spg", "diffu_grpo", "trace_rl")
-
-
-def build(config: TextSettings, length: int = WINDOW, block: int = 2) -> TextAlgorithm:
-    algorithm = build_algorithm(config, sampler_of(length, block), seed=0)  # pyright: ignore[reportArgumentType]
-    assert isinstance(algorithm, TextAlgorithm)
-    return algorithm
 
 
 def prepared(config: TextSettings) -> tuple[TextAlgorithm, TextBatch, Tensor]:
@@ -144,14 +130,15 @@ def wd1_formula(x: Tensor, old: Tensor, reference: Tensor, batch: TextBatch, j: 
     return -ADVANTAGES[j] * x[j, 0, : LENGTHS[j]].mean()
 
 
-def spg_case(**options: Any) -> tuple[TextSettings, Callable[..., Tensor]]:
-    config = SPGConfig(draws=3, **options)
+def spg_case(draws: int = 3, **options: Any) -> tuple[TextSettings, Callable[..., Tensor]]:
+    config = SPGConfig(draws=draws, **options)
     return config, spg_formula(config)
 
 
 FORMULAS: dict[str, tuple[TextSettings, Callable[..., Tensor]]] = {
     "spg": spg_case(),
-    "spg random": spg_case(masking="random", omega=0.3, b=1.0),
+    # A single draw does not cover all tokens.
+    "spg random": spg_case(masking="random", omega=0.3, b=1.0, draws=1),
     "spg eubo": spg_case(negatives="eubo", masking="random"),
     "spg elbo": spg_case(negatives="elbo"),
     "spg zero": spg_case(negatives="zero"),
@@ -170,22 +157,22 @@ FORMULAS: dict[str, tuple[TextSettings, Callable[..., Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_value_and_gradient_are_the_formula_s(name: str):
+@pytest.mark.parametrize("size", [0.02, 0.8], ids=["inside the clip", "on both sides"])
+def test_value_and_gradient_are_the_formula_s(name: str, size: float):
     config, formula = FORMULAS[name]
     algorithm, batch, log_probs = prepared(config)
-    # Ratios of completions need smaller steps than those of tokens to be on both sides of the clip.
-    size = 0.1 if name.startswith("fpo") else 0.4
     old, reference = (nudged(log_probs, batch, size, seed) for seed in (1, 2))
     x, y = (log_probs.clone().requires_grad_() for _ in range(2))
-    losses, _ = algorithm.objective(x, old, reference if config.kl_coefficient else None, batch)
-    rows = range(len(LENGTHS))
-    wanted = torch.stack([formula(y, old, reference, batch, j) for j in rows])
+    anchor = reference if config.kl_coefficient else None
+    losses, table = algorithm.objective(x * batch.scored, old, anchor, batch)
+    wanted = torch.stack([formula(y, old, reference, batch, j) for j in range(len(LENGTHS))])
     torch.testing.assert_close(losses, wanted, rtol=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad(losses.sum(), x)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), y)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-6, atol=1e-6)
-    assert gradient.abs().max() > 0.01
-    assert not gradient[~batch.scored].any()
+    if name in WITH_RATIO:
+        assert bool(table["clipped"].any()) == (size > 0.1)
+    assert gradient.abs().max() > 0.001
 
 
 @pytest.mark.parametrize("name", WITH_RATIO)
@@ -210,6 +197,17 @@ def test_beyond_the_clip_range_only_the_way_back_has_a_gradient(
         assert (present.grad * -advantage >= 0).all()
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_beyond_the_range_of_exp_leaves_the_gradient_finite(advantage: float):
+    """100 nats over a whole completion: the others of its batch must not become NaN."""
+    log_ratio = torch.tensor([100.0, 0.1, -200.0], requires_grad=True)
+    losses, ratio, _ = clipped(log_ratio, torch.tensor([advantage, 1.0, -1.0]), 0.5)
+    (torch.tensor([0.0, 1.0, 1.0]) * losses).sum().backward()
+    assert torch.isfinite(ratio).all()
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == pytest.approx([0.0, -math.exp(0.1), 0.0])
+
+
 def test_k3_is_never_negative_and_zero_at_the_reference():
     algorithm, batch, log_probs = prepared(DiffuGRPOConfig())
     reference = nudged(log_probs, batch, 1.0, 3)
@@ -219,50 +217,33 @@ def test_k3_is_never_negative_and_zero_at_the_reference():
     assert not table["kl"].any()
 
 
+@pytest.mark.parametrize("name", WITH_RATIO)
+def test_the_kl_is_to_the_weights_before_training_and_the_ratio_to_the_old_scores(name: str):
+    """From a policy that has moved: what is frozen and what was stored, not what is present."""
+    algorithm = build(CONFIGS[name].model_copy(update={"kl_coefficient": 0.1}))
+    policy = random_policy(WINDOW, 2, reference=True)
+    tokens = np.random.default_rng(0).integers(2, size=(5, WINDOW))
+    item = item_of(completions(tokens, LENGTHS), ADVANTAGES, np.full(5, 0.2))
+    batch = batch_of(policy, [item], algorithm.masks)
+    frozen = token_log_probs(policy, batch).detach()
+    with torch.no_grad():
+        noise = torch.randn(policy.theta.shape, generator=torch.Generator())
+        policy.theta.add_(0.1 * noise)
+    stored = nudged(algorithm.scores(policy, batch).detach(), batch, 0.05, 4)
+    present = token_log_probs(policy, batch)
+    losses, wanted = algorithm.objective(present, stored, frozen, batch)
+    loss, table = algorithm.loss(policy, replace(batch, old=stored))
+    assert loss.item() == pytest.approx(0.2 * losses.sum().item(), rel=1e-6)
+    for column in ("ratio", "kl"):
+        torch.testing.assert_close(table[column], wanted[column].detach())
+        assert (table[column] != (1.0 if column == "ratio" else 0.0)).all()
+
+
 @pytest.mark.parametrize("config", [SPGConfig, WD1Config])
 def test_objectives_without_a_kl_refuse_its_coefficient(config: type[TextSettings]):
     assert config(kl_coefficient=0.0).kl_coefficient == 0
     with pytest.raises(ValueError, match="kl_coefficient"):
         config(kl_coefficient=0.1)
-
-
-def certain_policy() -> TablePolicy:
-    """Everywhere log p = -1 of token 0 and -2 of token 1."""
-    rest = math.log(1 - math.exp(-1) - math.exp(-2))
-    policy = random_policy(window=200, vocabulary=3, context=False)
-    with torch.no_grad():
-        policy.theta.copy_(torch.tensor([-1.0, -2.0, rest]).expand(200, 3))
-    return policy
-
-
-ARITHMETIC = completions(np.array([[0] * 200, [1] * 200]), [100, 200])
-
-
-@pytest.mark.parametrize(("beta", "golden"), [(None, -0.5), (0.05, -0.4166667)])
-@pytest.mark.parametrize(("negatives", "masking"), [("mix", "full"), ("elbo", "exact")])
-def test_spg_golden_arithmetic(beta: float | None, golden: float, negatives: Any, masking: str):
-    """L = (100, 200), A = (.5, -.5), l = (-1, -2), from rewards to the loss.
-
-    With everything masked once the upper bound is the plain log-likelihood too.
-    """
-    dipod = None if beta is None else DipodConfig(coefficient=beta)
-    config = SPGConfig(negatives=negatives, masking="random", dipod=dipod)
-    algorithm = build(config, 200, 200)
-    scored = scored_groups([ARITHMETIC], np.array([[1.0, 0.0]]))
-    steps, _ = optimiser_steps(scored, {"r": 1.0}, algorithm, 0)
-    assert len(steps) == 4
-    assert steps[0][0].advantages.tolist() == [0.5, -0.5]
-
-    def full(c: Completions, member: int, generator: torch.Generator) -> Masks:
-        return full_masks(int(c.lengths[member]), 200, 1, 1, generator, 0.0)
-
-    policy = certain_policy()
-    batch = batch_of(policy, steps[0], full if masking == "full" else algorithm.masks)
-    assert batch.scored.shape[1] == (1 if masking == "full" else 2)
-    loss, table = algorithm.loss(policy, batch)
-    assert loss.item() == pytest.approx(golden, abs=1e-6)
-    assert table["elbo"].tolist() == pytest.approx([-1.0, -2.0], abs=1e-6)
-    assert table["loss"].sum().item() == pytest.approx(golden, abs=1e-6)
 
 
 def test_golden_group_advantages_are_what_text_algorithms_use_by_default():
@@ -319,62 +300,8 @@ def test_wd1_s_loss_is_a_mean_over_groups_of_weighted_likelihoods():
 
 
 @pytest.fixture(scope="module")
-def llada(tmp_path_factory: pytest.TempPathFactory) -> LladaPolicy:
-    return random_llada(tmp_path_factory.mktemp("llada"))
-
-
-def text_groups(policy: LladaPolicy, count: int = 4, size: int = 3) -> list[Completions]:
-    """Prompts of 3, 5, ... tokens, completions of 1 to 6 that end with an EOS unless whole."""
-    rng = np.random.default_rng(1)
-    groups: list[Completions] = []
-    for g in range(count):
-        lengths = rng.integers(1, WINDOW + 1, size=size)
-        tokens = rng.integers(20, 300, size=(size, WINDOW))
-        tokens[np.arange(WINDOW) >= lengths[:, None] - 1] = policy.eos_token_id
-        made = completions(tokens, lengths.tolist(), seed=g)
-        groups.append(replace(made, prompt=rng.integers(20, 300, size=3 + 2 * g)))
-    return groups
-
-
-REWARDS = np.random.default_rng(0).random((4, 3))
-
-
-def items_of(policy: LladaPolicy, algorithm: TextAlgorithm, rewards: np.ndarray = REWARDS):
-    scored = scored_groups(text_groups(policy), rewards)
-    return optimiser_steps(scored, {"r": 1.0}, algorithm, 0)[0]
-
-
-def batches(
-    policy: LladaPolicy, algorithm: TextAlgorithm, items: Sequence[Item], size: int
-) -> list[TextBatch]:
-    """Micro-batches of ``size`` completions."""
-    evaluations = size * algorithm.forwards_per_completion
-    count = micro_steps([items], evaluations)
-    return list(algorithm.batches(policy, items, lambda replay: replay, evaluations, count))
-
-
-def gradient(
-    policy: LladaPolicy, algorithm: TextAlgorithm, items: Sequence[Item], size: int, shift: float = 0
-) -> tuple[float, Tensor, list[dict[str, Tensor]]]:
-    """Sums over micro-batches, old log-probabilities ``shift`` below the present ones."""
-    policy.module.zero_grad()
-    total, tables = 0.0, list[dict[str, Tensor]]()
-    for batch in batches(policy, algorithm, items, size):
-        if algorithm.needs_old:
-            with torch.no_grad():
-                old = algorithm.scores(policy, batch)
-            own = batch.scored[:, : algorithm.draws]
-            batch = replace(batch, old=old - shift * own)
-        loss, table = algorithm.loss(policy, batch)
-        loss.backward()
-        total += float(loss)
-        tables.append(table)
-    gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
-    return total, torch.cat([g.flatten() for g in gradients]).clone(), tables
-
-
-def joint(config: TextSettings) -> TextSettings:
-    return config.model_copy(update={"dipod": DipodConfig(coefficient=0.3, draws=2)})
+def llada() -> LladaPolicy:
+    return random_llada()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -383,7 +310,7 @@ def test_loss_and_gradient_depend_on_no_micro_batch_and_no_rank(
     llada: LladaPolicy, name: str, dipod: bool
 ):
     algorithm = build(joint(CONFIGS[name]) if dipod else CONFIGS[name])
-    items = items_of(llada, algorithm)[0]
+    items = items_of(llada, algorithm)
     state = torch.random.get_rng_state()
     loss, whole, _ = gradient(llada, algorithm, items, 12, shift=0.01)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -399,57 +326,6 @@ def test_loss_and_gradient_depend_on_no_micro_batch_and_no_rank(
     torch.testing.assert_close(together, whole, rtol=1e-3, atol=1e-4 * largest)
 
 
-def masks_by_sample(batch_list: Sequence[TextBatch], eos: int) -> dict[Any, list[Any]]:
-    """What each sample (known by its targets) is scored at, without left padding."""
-    found: dict[Any, list[Any]] = {}
-    for batch in batch_list:
-        for j in range(len(batch.tokens)):
-            tokens = batch.tokens[j]
-            if batch.attention_mask is not None:
-                tokens = tokens[:, batch.attention_mask[j].bool()]
-            key = (*batch.targets[j].tolist(), tokens.shape[1])
-            found[key] = [tokens.tolist(), batch.scored[j].tolist(), batch.scale[j].tolist()]
-    return found
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_masks_depend_on_seed_pass_and_sample_only(llada: LladaPolicy, name: str):
-    algorithm = build(joint(CONFIGS[name]))
-    items = items_of(llada, algorithm)[0]
-    eos = llada.eos_token_id
-    whole = masks_by_sample(batches(llada, algorithm, items, 12), eos)
-    assert len(whole) == 12
-    torch.manual_seed(99)
-    assert masks_by_sample(batches(llada, algorithm, items, 1), eos) == whole
-    assert masks_by_sample(batches(llada, algorithm, items[::-1], 5), eos) == whole
-    parts = [masks_by_sample(batches(llada, algorithm, p, 2), eos) for p in share(items, 2)]
-    assert {k: v for part in parts for k, v in part.items() if len(k) == WINDOW + 1} == whole
-    later = [replace(item, epoch=1) for item in items]
-    other = masks_by_sample(batches(llada, algorithm, later, 12), eos)
-    assert other.keys() == whole.keys()
-    assert sum(other[key] != whole[key] for key in whole) > 6
-    reseeded = [replace(i, replay=replace(i.replay, seeds=i.replay.seeds + 1)) for i in items]
-    assert masks_by_sample(batches(llada, algorithm, reseeded, 12), eos) != whole
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_inputs_hide_what_is_scored_and_what_follows_the_end(llada: LladaPolicy, name: str):
-    algorithm = build(CONFIGS[name])
-    (batch,) = batches(llada, algorithm, items_of(llada, algorithm)[0], 12)
-    answers = batch.tokens[..., -WINDOW:]
-    after = torch.arange(WINDOW) >= batch.lengths[:, None]
-    hidden = answers == llada.mask_token_id
-    targets = batch.targets[:, None].expand_as(answers)
-    assert hidden[batch.scored].all()
-    assert hidden[after[:, None].expand_as(hidden)].all()
-    assert not (batch.scored & after[:, None]).any()
-    assert torch.equal(answers[~hidden], targets[~hidden])
-    ends = torch.arange(WINDOW) == batch.lengths[:, None] - 1
-    short = batch.lengths < WINDOW
-    assert (batch.targets[ends & short[:, None]] == llada.eos_token_id).all()
-    assert (batch.scored & ends[:, None])[short].any()
-
-
 def test_a_rank_without_work_adds_exactly_nothing(llada: LladaPolicy):
     for config in CONFIGS.values():
         algorithm = build(joint(config.model_copy()))
@@ -459,7 +335,7 @@ def test_a_rank_without_work_adds_exactly_nothing(llada: LladaPolicy):
         llada.module.zero_grad()
         loss, table = algorithm.loss(llada, batch)
         loss.backward()
-        assert float(loss) == 0
+        assert loss.item() == 0
         assert all(len(column) == 0 for column in table.values())
         gradients = [p.grad for p in llada.trainable().values() if p.grad is not None]
         assert not any(g.any() for g in gradients)
@@ -468,7 +344,7 @@ def test_a_rank_without_work_adds_exactly_nothing(llada: LladaPolicy):
 @pytest.mark.parametrize("name", WITH_RATIO)
 def test_before_an_update_the_ratio_is_one_and_nothing_is_clipped(llada: LladaPolicy, name: str):
     algorithm = build(CONFIGS[name].model_copy(update={"kl_coefficient": 0.1}))
-    items = items_of(llada, algorithm)[0]
+    items = items_of(llada, algorithm)
     _, _, tables = gradient(llada, algorithm, items, 5)
     for column, value in (("ratio", 1.0), ("clipped", 0.0), ("kl", 0.0)):
         assert torch.cat([table[column] for table in tables]).tolist() == [value] * 12
@@ -479,7 +355,7 @@ def test_before_an_update_the_ratio_is_one_and_nothing_is_clipped(llada: LladaPo
 @pytest.mark.parametrize("name", WITH_RATIO)
 def test_the_present_scores_are_the_old_ones_where_none_are_given(llada: LladaPolicy, name: str):
     algorithm = build(CONFIGS[name])
-    (batch,) = batches(llada, algorithm, items_of(llada, algorithm)[0], 12)
+    (batch,) = batches(llada, algorithm, items_of(llada, algorithm), 12)
     stored = replace(batch, old=algorithm.scores(llada, batch).detach())
     left, right = (
         torch.autograd.grad(algorithm.loss(llada, b)[0], list(llada.trainable().values()))
@@ -493,7 +369,7 @@ def test_a_sample_without_a_score_has_no_weight(llada: LladaPolicy, name: str):
     rewards = REWARDS.copy()
     rewards[1, 2] = np.nan
     algorithm = build(joint(CONFIGS[name]))
-    items = items_of(llada, algorithm, rewards)[0]
+    items = items_of(llada, algorithm, rewards)
     lengths = np.array([item.replay.lengths for item in items], np.float64)
     lengths[1, 2] = 0
     by_length = lengths / lengths.sum()
@@ -511,60 +387,3 @@ def test_a_sample_without_a_score_has_no_weight(llada: LladaPolicy, name: str):
     largest = float(before[1].abs().max())
     torch.testing.assert_close(after[1], before[1], rtol=1e-4, atol=1e-5 * largest)
     assert not torch.equal(before[2][0]["elbo"], after[2][0]["elbo"])
-
-
-@pytest.mark.parametrize("segments", [1, 3, 6, 9])
-def test_trace_segments_part_the_completion_in_decoding_order(segments: int):
-    algorithm = build(TraceRLConfig(segments=segments))
-    made = completions(np.zeros((5, WINDOW), np.int64), LENGTHS, prompt=4, seed=3)
-    for j, length in enumerate(LENGTHS):
-        masks = algorithm.masks(made, j, torch.Generator())
-        assert masks.scored.shape == (segments, WINDOW)
-        assert masks.scored.sum(0).tolist() == [1] * length + [0] * (WINDOW - length)
-        assert masks.hidden[:, length:].all()
-        steps = torch.from_numpy(made.decode_step[j].astype(np.int64))
-        for hidden, scored in zip(masks.hidden, masks.scored, strict=True):
-            if scored.any():
-                began = steps[scored].min()
-                assert torch.equal(hidden[:length], steps[:length] >= began)
-        used = int(masks.scored.any(1).sum())
-        assert used == min(segments, length)
-        sizes = masks.scored.sum(1)[masks.scored.any(1)]
-        assert sizes.max() - sizes.min() <= 1
-
-
-@pytest.mark.parametrize(
-    ("steps", "remasking"), [(12, "random"), (12, "low_confidence"), (6, "low_confidence")]
-)
-def test_with_a_segment_a_step_traces_have_the_likelihood_they_were_decoded_with(
-    llada: LladaPolicy, monkeypatch: pytest.MonkeyPatch, steps: int, remasking: Any
-):
-    """The log-probabilities of what was committed, in the sampler's own forwards."""
-    config = sampler_of(12, 6, steps=steps, remasking=remasking)
-    prompts = [Prompt("0", "1 2", {})]
-    groups = groups_for(prompts, seed=3, step=-1, count=1, size=1)
-    seen: list[tuple[Tensor, Tensor]] = []
-    compute = llada.logits
-
-    def logits(tokens: Tensor, *rest: Any) -> Tensor:
-        result = compute(tokens, *rest)
-        everywhere = torch.full((12, result.shape[1]), torch.nan)
-        everywhere[rest[1][0, -12:]] = result.log_softmax(1)
-        seen.append((tokens[0, -12:], everywhere))
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llada, "logits", logits)
-        (made,) = MaskedSampler(config, llada).sample(groups, [DecodePlan()])
-    assert made.summary == replace(made.summary, lengths=(12,), ended=0)
-    assert len(seen) == steps
-    target = torch.from_numpy(made.replay.tokens[0])
-    when = made.replay.decode_step[0].tolist()
-    wanted = torch.stack([seen[step][1][place, target[place]] for place, step in enumerate(when)])
-    algorithm = build(TraceRLConfig(segments=steps), 12, 6)
-    batch = batch_of(llada, [item_of(made.replay, [1.0], [1.0])], algorithm.masks)
-    got = token_log_probs(llada, batch)[0]
-    torch.testing.assert_close(got.sum(0), wanted, rtol=1e-4, atol=1e-5)
-    assert got.sum().item() == pytest.approx(wanted.sum().item(), rel=1e-5)
-    for step, (answer, _) in enumerate(seen):
-        assert torch.equal(batch.tokens[0, step, -12:], answer)

@@ -1,10 +1,13 @@
-"""Policies small enough to enumerate (fp64 tables), every mask of a completion, hand-made completions."""
+"""Policies small enough to enumerate (fp64 tables), hand-made completions, and what is made of them."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,42 @@ from torch import Tensor, nn
 
 from rewards.calling import Scores
 from rl.bounds import Masks
+from rl.catalogue import build_algorithm
 from rl.contracts import Sampled, Scored
-from rl.items import Item
+from rl.diffu_grpo import DiffuGRPOConfig
+from rl.dipod import DipodConfig
+from rl.espo import ESPOConfig
+from rl.fpo import FPOConfig
+from rl.items import Item, micro_steps
+from rl.rollout_set import optimiser_steps
+from rl.spg import SPGConfig
+from rl.text import TextAlgorithm, TextSettings
 from rl.text_batches import Masking, TextBatch, text_batches
+from rl.trace_rl import TraceRLConfig
+from rl.wd1 import WD1Config
 from rollout.draws import Prompt, groups_for
 from rollout.masked import Completions, MaskedSamplerConfig, TextSummary
 from rollout.policies.base import MaskedDiffusionPolicy
 from rollout.policies.llada.configuration import LLaDAConfig
 from rollout.policies.llada.modeling import LLaDAModelLM
 from rollout.policies.llada.policy import LladaConfig, LladaPolicy
-from rollout.policies.llada.pretraining import SIZES, build_tokenizer
+from rollout.policies.llada.pretraining import build_tokenizer, model_sizes
 
 # The specification's logits of A: x1|(M,A), x1|(M,M), x2|(A,M), x2|(M,M), x1|(M,B), x2|(B,M).
 THETA = (2.0, -1.0, -0.5, 1.5, 0.3, -0.7)
 AA, AB, BA, BB = 0, 1, 2, 3
 OUTCOMES = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+# Tokens of the completions that algorithms are tried on.
+WINDOW = 6
+CONFIGS: dict[str, TextSettings] = {
+    "spg": SPGConfig(draws=3),
+    "diffu_grpo": DiffuGRPOConfig(),
+    "fpo": FPOConfig(draws=3),
+    "espo": ESPOConfig(draws=4),
+    "wd1": WD1Config(),
+    "trace_rl": TraceRLConfig(segments=3),
+}
+REWARDS = np.random.default_rng(0).random((4, 3))
 
 
 class TablePolicy(MaskedDiffusionPolicy):
@@ -110,19 +134,21 @@ def random_policy(
     return TablePolicy(theta, table, window, vocabulary, vocabulary - 1, reference)
 
 
-def random_llada(directory: Path) -> LladaPolicy:
-    """Two layers, weights large enough that a place's prediction depends on all others."""
+@functools.cache
+def random_llada() -> LladaPolicy:
+    """Two layers, weights large enough that a place's prediction depends on all others; read-only."""
     tokenizer = build_tokenizer("sudoku")
-    sizes = {**SIZES, "d_model": 32, "mlp_hidden_size": 64, "n_layers": 2}
+    sizes = {**model_sizes("sudoku"), "d_model": 32, "mlp_hidden_size": 64, "n_layers": 2}
     ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         network = LLaDAModelLM(
             LLaDAConfig(**sizes, **ids, pad_token_id=None, initializer_range=0.2)
         )
-    network.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return LladaConfig(checkpoint=str(directory)).build(reference=True)
+    with tempfile.TemporaryDirectory() as directory:
+        network.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return LladaConfig(checkpoint=directory).build(reference=True)
 
 
 def every_mask(length: int, window: int | None = None, prompt: int = 1) -> Masks:
@@ -203,3 +229,70 @@ def scored_groups(replays: Sequence[Completions], rewards: np.ndarray) -> list[S
 def sampler_of(length: int, block_length: int | None = None, **options: Any) -> MaskedSamplerConfig:
     """The sampler of completions of ``length`` tokens, one block unless said otherwise."""
     return MaskedSamplerConfig(length=length, block_length=block_length or length, **options)
+
+
+def build(config: TextSettings, length: int = WINDOW, block: int = 2) -> TextAlgorithm:
+    """The algorithm of a config, decoding in blocks."""
+    algorithm = build_algorithm(config, sampler_of(length, block), seed=0)  # pyright: ignore[reportArgumentType]
+    assert isinstance(algorithm, TextAlgorithm)
+    return algorithm
+
+
+def text_groups(policy: LladaPolicy, count: int = 4, size: int = 3) -> list[Completions]:
+    """Prompts of 3, 5, ... tokens, completions of 1 to 6 that end with an EOS unless whole."""
+    rng = np.random.default_rng(1)
+    groups: list[Completions] = []
+    for g in range(count):
+        lengths = rng.integers(1, WINDOW + 1, size=size)
+        tokens = rng.integers(20, 300, size=(size, WINDOW))
+        ended = (np.arange(WINDOW) >= lengths[:, None] - 1) & (lengths[:, None] < WINDOW)
+        tokens[ended] = policy.eos_token_id
+        made = completions(tokens, lengths.tolist(), seed=g)
+        groups.append(replace(made, prompt=rng.integers(20, 300, size=3 + 2 * g)))
+    return groups
+
+
+def items_of(
+    policy: LladaPolicy, algorithm: TextAlgorithm, rewards: np.ndarray = REWARDS
+) -> list[Item]:
+    """The groups above in the first optimiser step of a rollout set."""
+    scored = scored_groups(text_groups(policy), rewards)
+    return optimiser_steps(scored, {"r": 1.0}, algorithm, 0)[0][0]
+
+
+def batches(
+    policy: MaskedDiffusionPolicy, algorithm: TextAlgorithm, items: Sequence[Item], size: int
+) -> list[TextBatch]:
+    """Micro-batches of ``size`` completions."""
+    evaluations = size * algorithm.forwards_per_completion
+    count = micro_steps([items], evaluations)
+    return list(algorithm.batches(policy, items, lambda replay: replay, evaluations, count))
+
+
+def gradient(
+    policy: LladaPolicy,
+    algorithm: TextAlgorithm,
+    items: Sequence[Item],
+    size: int,
+    shift: float = 0,
+) -> tuple[float, Tensor, list[dict[str, Tensor]]]:
+    """Sums over micro-batches, old log-probabilities ``shift`` below the present ones."""
+    policy.module.zero_grad()
+    total, tables = 0.0, list[dict[str, Tensor]]()
+    for batch in batches(policy, algorithm, items, size):
+        if algorithm.needs_old:
+            with torch.no_grad():
+                old = algorithm.scores(policy, batch)
+            own = batch.scored[:, : algorithm.draws]
+            batch = replace(batch, old=old - shift * own)
+        loss, table = algorithm.loss(policy, batch)
+        loss.backward()
+        total += loss.item()
+        tables.append(table)
+    gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
+    return total, torch.cat([g.flatten() for g in gradients]).clone(), tables
+
+
+def joint(config: TextSettings) -> TextSettings:
+    """With DiPOD's term in every loss."""
+    return config.model_copy(update={"dipod": DipodConfig(coefficient=0.3, draws=2)})

@@ -18,7 +18,7 @@ from rollout.policies.adapters import set_trainable
 from rollout.policies.llada.configuration import LLaDAConfig
 from rollout.policies.llada.modeling import LLaDAModelLM
 from rollout.policies.llada.policy import HEAD, LladaAdapter, LladaConfig, LladaPolicy
-from rollout.policies.llada.pretraining import SIZES, build_tokenizer
+from rollout.policies.llada.pretraining import build_tokenizer, model_sizes
 from rollout.policies.llada.tokenizer import BOS, CHAT_TEMPLATE, END, EOS, EOT, MASK, START
 
 RELEASED = "GSAI-ML/LLaDA-8B-Instruct"
@@ -40,7 +40,7 @@ def checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     ids = {"mask": MASK, "eos": EOS, "pad": EOS, "bos": BOS}
     tokens = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in ids.items()}
     sizes = {
-        **SIZES,
+        **model_sizes("sudoku"),
         "d_model": 64,
         "n_layers": 2,
         "mlp_hidden_size": 96,
@@ -166,7 +166,7 @@ def test_tokenizer_splits_digits_keeps_tags_whole_and_spells_anything(tokenizer:
     assert not [t for t in tokenizer.get_vocab() if len(t) > 1 and any(c.isdigit() for c in t)]
     text = "  Привет, 世界\t√2\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer) <= SIZES["vocab_size"]
+    assert len(tokenizer) <= model_sizes("sudoku")["vocab_size"]
 
 
 def test_a_tokenizer_without_a_template_gets_llada_s(checkpoint: Path, tmp_path: Path):
@@ -180,7 +180,7 @@ def test_a_tokenizer_without_a_template_gets_llada_s(checkpoint: Path, tmp_path:
 def test_a_place_never_holds_the_mask(policy: LladaPolicy):
     tokens, mask, where = batch(policy)
     found = policy.logits(tokens, mask, where)
-    assert found.shape == (8, policy.vocab_size) == (8, 384)
+    assert found.shape == (8, policy.vocab_size) == (8, 512)
     assert (found[:, policy.mask_token_id] == -torch.inf).all()
     assert found.isinf().sum() == 8
     torch.testing.assert_close(logits(policy), stock_logits(policy.module, policy))
@@ -386,7 +386,7 @@ def test_a_checkpoint_is_a_name_a_directory_or_a_hub_id(checkpoint: Path, tmp_pa
 
 
 def test_sizes_are_known_before_the_weights_are_here(checkpoint: Path):
-    assert LladaConfig().sizes() == SIZES
+    assert LladaConfig().sizes() == model_sizes("sudoku")
     written = json.loads((checkpoint / "config.json").read_text())
     assert LladaConfig(checkpoint=str(checkpoint)).sizes() == written
     released = LladaConfig(checkpoint=RELEASED).sizes()

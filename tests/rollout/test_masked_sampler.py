@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor, nn
 
 from rollout.draws import Group, Prompt, groups_for
@@ -24,7 +25,7 @@ from rollout.policies.base import MaskedDiffusionPolicy
 from rollout.policies.llada.configuration import LLaDAConfig
 from rollout.policies.llada.modeling import LLaDAModelLM
 from rollout.policies.llada.policy import LladaConfig, LladaPolicy
-from rollout.policies.llada.pretraining import SIZES, build_tokenizer
+from rollout.policies.llada.pretraining import build_tokenizer, model_sizes
 
 DRAWS = 10_000
 # Chi-square of 4 outcomes (3 degrees of freedom): exceeded by chance once in 1000.
@@ -35,7 +36,8 @@ LAWS = (
     (0.738640, 0.030539, 0.141709, 0.089112),
     (0.219880, 0.049062, 0.597695, 0.133364),
 )
-SMALL: dict[str, Any] = {"length": 8, "block_length": 4, "steps": 8, "temperature": 0.0}
+Config = dict[str, Any]
+SMALL: Config = {"length": 8, "block_length": 4, "steps": 8, "temperature": 0.0}
 Table = Callable[[Tensor], Tensor]
 Call = tuple[Tensor, Tensor, int]
 
@@ -84,10 +86,7 @@ def toy_policy() -> TablePolicy:
 
 
 def script_policy(texts: Sequence[str], sure: Sequence[float]) -> TablePolicy:
-    """Prompt ``n`` wants ``texts[n]`` ('.' is EOS), place i with probability ``sure[i]``.
-
-    A masked prompt wants nothing.
-    """
+    """Prompt n, unless masked, wants ``texts[n]`` ('.': EOS), place i with probability ``sure[i]``."""
     wanted = torch.tensor([["abcd.".index(letter) for letter in text] for text in texts])
     heights = torch.tensor([math.log(4 * p / (1 - p)) for p in sure])
 
@@ -101,7 +100,7 @@ def script_policy(texts: Sequence[str], sure: Sequence[float]) -> TablePolicy:
     return TablePolicy(table, "abcd", eos=4, mask=5)
 
 
-def record(policy: MaskedDiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+def record(policy: MaskedDiffusionPolicy, monkeypatch: MonkeyPatch) -> list[Call]:
     """What the policy is asked from now on: ``tokens`` and ``where`` (B, S), ``start``."""
     calls: list[Call] = []
     compute = policy.logits
@@ -117,7 +116,7 @@ def record(policy: MaskedDiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> li
 def random_llada(directory: Path, layers: int) -> LladaPolicy:
     """Random weights, large enough that a place's prediction depends on all others."""
     tokenizer = build_tokenizer("sudoku")
-    sizes = {**SIZES, "d_model": 64, "n_layers": layers, "initializer_range": 0.2}
+    sizes = {**model_sizes("sudoku"), "d_model": 64, "n_layers": layers, "initializer_range": 0.2}
     ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -152,12 +151,10 @@ def equal(a: MaskedRollout, b: MaskedRollout) -> bool:
     return same and (a.media, a.forwards, a.summary) == (b.media, b.forwards, b.summary)
 
 
-@pytest.mark.parametrize(
-    ("masked", "steps", "counts"),
-    [(32, 5, [7, 7, 6, 6, 6]), (32, 24, [2] * 8 + [1] * 16), (3, 5, [1, 1, 1, 0, 0])],
-)
-def test_schedule_golden_numbers(masked: int, steps: int, counts: list[int]):
-    assert transfer_counts(masked, steps) == counts
+def test_schedule_golden_numbers():
+    assert transfer_counts(32, 5) == [7, 7, 6, 6, 6]
+    assert transfer_counts(32, 24) == [2] * 8 + [1] * 16
+    assert transfer_counts(3, 5) == [1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +171,15 @@ def test_samples_follow_the_exact_law_and_no_other(remasking: str, steps: int, l
     chi_square = ((observed - expected) ** 2 / expected).sum(axis=1)
     assert chi_square[law] < CRITICAL
     assert (np.delete(chi_square, law) > 50 * CRITICAL).all()
+
+
+def test_temperature_divides_the_logits():
+    """Probability .6 against .1 of four others becomes sqrt(6) to 1; chi-square at 99.9 %."""
+    config = {"length": 1, "block_length": 1, "steps": 1, "temperature": 2.0}
+    (rollout,) = decode(script_policy(["a"], [0.6]), groups_of("0", size=DRAWS), **config)
+    expected = DRAWS * np.array([6**0.5, 1, 1, 1, 1]) / (6**0.5 + 4)
+    observed = np.bincount(rollout.replay.tokens[:, 0], minlength=5)
+    assert ((observed - expected) ** 2 / expected).sum() < 18.47
 
 
 @pytest.mark.parametrize(("steps", "text"), [(2, "AA"), (1, "BA")])
@@ -194,24 +200,22 @@ def test_the_schedule_commits_the_most_confident_first(steps: int, steps_of_plac
     config = {"length": 10, "block_length": 5, "steps": steps, "temperature": 0.0}
     (rollout,) = decode(script_policy(["abcdabcdab"], sure), groups_of("0"), **config)
     assert rollout.replay.decode_step[0].tolist() == steps_of_places
-    assert rollout.media == ["abcdabcdab"]
-    assert rollout.forwards == steps
+    assert (rollout.media, rollout.forwards) == (["abcdabcdab"], steps)
 
 
-CONFIGS: list[dict[str, Any]] = [
+CONFIGS: list[Config] = [
     {"steps": 8},
     {"steps": 32, "remasking": "random"},
     {"threshold": 0.2},
-    {"steps": 16, "guidance_scale": 1.5},
     {"threshold": 0.2, "cache": "dual"},
-    {"steps": 16, "cache": "prefix"},
+    {"steps": 16, "guidance_scale": 1.5, "cache": "prefix"},
 ]
 PROMPTS = ("1230", "Solve this 4x4 Sudoku.", "13 2", "one two three 4")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_committed_tokens_stay_and_logits_are_asked_for_at_masked_places_of_the_block(
-    llada: LladaPolicy, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    llada: LladaPolicy, config: Config, monkeypatch: MonkeyPatch
 ):
     calls = record(llada, monkeypatch)
     rollouts = decode(llada, groups_of(*PROMPTS), length=32, block_length=8, **config)
@@ -243,8 +247,8 @@ EOS_TEXTS = ["ab.cabcd", "abcdabcd", "abcdabc.", ".bcdabcd"]
     [({"steps": 4}, 2), ({"steps": 8}, 4), ({"threshold": 0.9}, 3), ({"guidance_scale": 2.0}, 8)],
     ids=str,
 )
-def test_rows_stop_after_the_block_of_their_eos(
-    config: dict[str, Any], per_block: int, monkeypatch: pytest.MonkeyPatch
+def test_rows_stop_with_the_block_of_their_eos(
+    config: Config, per_block: int, monkeypatch: MonkeyPatch
 ):
     policy = script_policy(EOS_TEXTS, [0.95, 0.5, 0.95, 0.6] * 2)
     calls = record(policy, monkeypatch)
@@ -272,7 +276,7 @@ def test_a_threshold_commits_all_that_are_sure_and_at_least_one():
 
 
 @pytest.mark.parametrize("config", [{"steps": 4}, {"steps": 8, "remasking": "random"}], ids=str)
-def test_what_stands_after_the_end_never_matters(config: dict[str, Any]):
+def test_what_stands_after_the_end_never_matters(config: Config):
     sure, groups = [0.9, 0.8, 0.99, 0.7] * 2, groups_of("0", size=64)
     (plain,), (other,) = (
         decode(script_policy([text], sure), groups, **{**SMALL, **config})
@@ -280,6 +284,14 @@ def test_what_stands_after_the_end_never_matters(config: dict[str, Any]):
     )
     assert equal(plain, other)
     assert plain.summary.lengths == (3,) * 64
+
+
+@pytest.mark.parametrize("remasking", ["random", "low_confidence"])
+def test_rows_that_go_on_keep_their_own_noise(remasking: str):
+    policy, groups = script_policy(EOS_TEXTS, [0.6] * 8), groups_of("0", "1", "2", "3", size=8)
+    config = {**SMALL, "temperature": 1.0, "remasking": remasking}
+    for group, rollout in zip(groups, decode(policy, groups, **config), strict=True):
+        assert equal(decode(policy, [group], **config)[0], rollout)
 
 
 @torch.no_grad()
@@ -314,12 +326,9 @@ def test_a_batch_of_different_lengths_is_the_plain_loop_on_each(llada: LladaPoli
         assert rollout.replay.tokens[0].tolist() == plain_loop(llada, group.prompt, 3, w)
 
 
-def test_guidance_masks_the_whole_prompt_and_only_the_prompt(
-    llada: LladaPolicy, monkeypatch: pytest.MonkeyPatch
-):
+def test_guidance_masks_the_whole_prompt_and_only_it(llada: LladaPolicy, monkeypatch: MonkeyPatch):
     calls = record(llada, monkeypatch)
-    groups = groups_of("1230", "4321", size=2)
-    config = {"length": 8, "block_length": 8, "steps": 4}
+    groups, config = groups_of("1230", "4321", size=2), {**SMALL, "temperature": 1.0, "steps": 4}
     guided = decode(llada, groups, guidance_scale=2.5, **config)
     width = len(llada.encode(["1230"])[0])
     for tokens, where, _ in calls:
@@ -333,7 +342,7 @@ def test_guidance_masks_the_whole_prompt_and_only_the_prompt(
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_results_are_a_function_of_the_draws(llada: LladaPolicy, config: dict[str, Any]):
+def test_results_are_a_function_of_the_draws(llada: LladaPolicy, config: Config):
     """Not of the order of groups, of what a worker did before, or of the global generator."""
     groups = groups_of(*PROMPTS, size=2)
     sampler = MaskedSampler(MaskedSamplerConfig(length=16, block_length=8, **config), llada)
@@ -352,33 +361,24 @@ def test_results_are_a_function_of_the_draws(llada: LladaPolicy, config: dict[st
     assert len({tuple(row) for r in first for row in r.replay.tokens.tolist()}) == 8
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_a_cache_with_one_step_per_block_changes_nothing(llada: LladaPolicy, cache: str):
-    groups = groups_of(*PROMPTS, size=2)
-    config = {"length": 32, "block_length": 8, "steps": 4}
-    plain = decode(llada, groups, **config)
-    cached = decode(llada, groups, cache=cache, **config)
-    assert all(equal(a, b) for a, b in zip(plain, cached, strict=True))
-
-
-@pytest.mark.parametrize("config", [{}, {"guidance_scale": 2.0}, {"threshold": 0.2}], ids=str)
-def test_caches_are_exact_where_keys_depend_on_their_own_token_only(
-    tmp_path: Path, config: dict[str, Any]
-):
-    """In a network of one layer nothing outside the block can go stale within the block."""
-    policy, groups = random_llada(tmp_path, layers=1), groups_of(*PROMPTS, size=2)
+@pytest.mark.parametrize(
+    ("layers", "config"),
+    [(2, {"steps": 3}), (1, {}), (1, {"guidance_scale": 2.0}), (1, {"threshold": 0.2})],
+)
+def test_caches_are_exact_where_nothing_goes_stale(tmp_path: Path, layers: int, config: Config):
+    """One step per block; or one layer, whose keys depend on their own token only."""
+    policy, groups = random_llada(tmp_path, layers), groups_of(*PROMPTS, size=2)
+    config = {"length": 24, "block_length": 8, "steps": 12, **config}
     plain, prefix, dual = (
-        decode(policy, groups, length=24, block_length=8, steps=12, cache=cache, **config)
-        for cache in ("none", "prefix", "dual")
+        decode(policy, groups, cache=cache, **config) for cache in ("none", "prefix", "dual")
     )
     assert all(equal(a, b) and equal(a, c) for a, b, c in zip(plain, prefix, dual, strict=True))
 
 
-def test_caches_compute_fewer_tokens_and_change_the_samples(
-    llada: LladaPolicy, monkeypatch: pytest.MonkeyPatch
-):
+def test_caches_compute_fewer_tokens(llada: LladaPolicy, monkeypatch: MonkeyPatch):
+    """And change the samples."""
     calls = record(llada, monkeypatch)
-    groups, whole = groups_of("1230", "4321", seed=3), len(llada.encode(["1230"])[0]) + 32
+    groups, whole = groups_of("1230", "4321", seed=5), len(llada.encode(["1230"])[0]) + 32
     computed = {"none": 32 * whole, "prefix": 4 * whole + 7 * 80, "dual": 4 * whole + 7 * 4 * 8}
     texts: set[tuple[int, ...]] = set()
     for cache, expected in computed.items():
@@ -398,3 +398,11 @@ def test_groups_with_different_plans_are_not_decoded_together(other: DecodePlan)
     config = MaskedSamplerConfig(length=2, block_length=2, steps=2)
     same = MaskedSampler(config, toy_policy()).sample(groups, [DecodePlan(), DecodePlan(orders=4)])
     assert [r.group for r in same] == groups
+
+
+def test_an_exact_plan_uses_neither_cache_nor_threshold(llada: LladaPolicy):
+    groups = groups_of("1230", "4321", seed=3)
+    plain = decode(llada, groups, length=16, block_length=8, steps=16)
+    config = MaskedSamplerConfig(length=16, block_length=8, steps=16, cache="dual", threshold=0.01)
+    exact = MaskedSampler(config, llada).sample(groups, [DecodePlan(exact=True)] * 2)
+    assert all(equal(a, b) for a, b in zip(plain, exact, strict=True))

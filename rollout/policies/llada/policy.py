@@ -95,9 +95,9 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
             ValueError: the checkpoint is neither here nor known.
         """
         if self.checkpoint in EMBEDDED:
-            from rollout.policies.llada.pretraining import SIZES
+            from rollout.policies.llada.pretraining import model_sizes
 
-            return SIZES
+            return model_sizes(self.checkpoint)
         try:
             return json.loads((self.directory() / "config.json").read_text())
         except ValueError:

@@ -28,16 +28,16 @@ SIZES: dict[str, Any] = {
     "n_kv_heads": 4,
     "n_layers": 4,
     "mlp_hidden_size": 384,
-    "vocab_size": 384,
-    "embedding_size": 384,
     "max_sequence_length": 512,
 }
+# Entries of the tokenizers: enough for the constant part of a prompt to be a few tokens.
+VOCABULARY = {"sudoku": 512, "countdown": 384}
 VERSION = 1
-STEPS = {"sudoku": 300, "countdown": 1500}
+STEPS = {"sudoku": 500, "countdown": 2000}
 BATCH = 64
 LEARNING_RATE = 2e-3
 # Answers and the EOS that pad them; the models' recipes decode this many tokens.
-LENGTH = 24
+LENGTHS = {"sudoku": 24, "countdown": 12}
 SEED = 0
 
 
@@ -49,6 +49,12 @@ def example(name: str, *key: int | str) -> tuple[str, str]:
     numbers, target, expression = instance("train", (3, 3), 9, "base", *key)
     prompt = COUNTDOWN.format(numbers=" ".join(map(str, numbers)), target=target)
     return prompt, f"<answer>{expression}</answer>"
+
+
+def model_sizes(name: str) -> dict[str, Any]:
+    """The sizes of an embedded model, by the keys of ``config.json``."""
+    rows = VOCABULARY[name]
+    return {**SIZES, "vocab_size": rows, "embedding_size": rows}
 
 
 def cached_directory(name: str) -> Path:
@@ -68,12 +74,12 @@ def ensure_base(name: str) -> Path:
 
 
 def build_tokenizer(name: str) -> Any:
-    """A tokenizer of 384 entries, trained on the task's prompts."""
+    """A small tokenizer, trained on the task's prompts."""
     from rollout.policies.llada.tokenizer import TAGS, train_tokenizer
 
     prompts = [example(name, "tokenizer", i)[0] for i in range(256)]
     parts = [part for prompt in prompts for part in re.split("|".join(TAGS), prompt)]
-    return train_tokenizer([*parts, *["user", "assistant", "\n\n"] * 256], SIZES["vocab_size"])
+    return train_tokenizer([*parts, *["user", "assistant", "\n\n"] * 256], VOCABULARY[name])
 
 
 def train_base(name: str, tokenizer: Any, steps: int) -> Any:
@@ -89,7 +95,7 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
     tokens = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in ids.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = LLaDAModelLM(LLaDAConfig(**SIZES, **tokens))
+        model = LLaDAModelLM(LLaDAConfig(**model_sizes(name), **tokens))
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
@@ -98,8 +104,9 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
     for step in range(steps):
         clean, mask, width = _batch(name, tokenizer, step)
         generator = keyed_generator(SEED, "masks", name, step)
-        counts = torch.randint(1, LENGTH + 1, (BATCH, 1), generator=generator)
-        ranks = torch.rand(BATCH, LENGTH, generator=generator).argsort(1).argsort(1)
+        length = LENGTHS[name]
+        counts = torch.randint(1, length + 1, (BATCH, 1), generator=generator)
+        ranks = torch.rand(BATCH, length, generator=generator).argsort(1).argsort(1)
         hidden = torch.zeros_like(clean, dtype=torch.bool)
         hidden[:, width:] = ranks < counts
         noised = clean.masked_fill(hidden, tokens["mask_token_id"])
@@ -116,7 +123,8 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
 
 
 def _batch(name: str, tokenizer: Any, step: int) -> tuple[Tensor, Tensor | None, int]:
-    """Clean tokens (B, P + LENGTH), their padding mask, and P."""
+    """Clean tokens (B, P + length), their padding mask, and P."""
+    length = LENGTHS[name]
     prompts: list[Tensor] = []
     answers: list[Tensor] = []
     for row in range(BATCH):
@@ -126,10 +134,10 @@ def _batch(name: str, tokenizer: Any, step: int) -> tuple[Tensor, Tensor | None,
         )
         prompts.append(torch.tensor(ids))
         ended = tokenizer(answer + "<|eot_id|>")["input_ids"]
-        padded = (ended + [tokenizer.eos_token_id] * LENGTH)[:LENGTH]
+        padded = (ended + [tokenizer.eos_token_id] * length)[:length]
         answers.append(torch.tensor(padded))
     width = max(len(prompt) for prompt in prompts)
     tokens, mask = pad_left(prompts, width, tokenizer.eos_token_id)
     if mask is not None:
-        mask = torch.cat([mask, torch.ones(BATCH, LENGTH, dtype=torch.int64)], dim=1)
+        mask = torch.cat([mask, torch.ones(BATCH, length, dtype=torch.int64)], dim=1)
     return torch.cat([tokens, torch.stack(answers)], dim=1), mask, width
