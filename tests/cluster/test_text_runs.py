@@ -66,7 +66,15 @@ def execute(recipe: str, base: Path, path: Path, *more: str, resume: Path | None
 
 def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "drift/")
+    timed = (
+        "time",
+        "busy/",
+        "idle/",
+        "cost/seconds",
+        "cost/actor_seconds",
+        "cost/evaluation_nfe",
+        "drift/",
+    )
     found = [row for row in lines if row["kind"] == kind]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in found]
 
