@@ -199,12 +199,6 @@ def test_a_comparison_beyond_the_limit_counts_as_wrong_and_a_longer_limit_lets_i
         assert time.process_time() - started < 0.15  # the work is done elsewhere
 
 
-def test_a_limit_under_which_nothing_can_be_compared_is_an_error_and_no_zero():
-    built = MathAnswerReward(time_limit=1e-3).build()
-    with pytest.raises(RuntimeError, match="ended with status 1"):
-        built(["p"], ["<answer>4</answer>"], answer=["5"])
-
-
 def test_a_lost_process_is_replaced(reward: MathAnswers):
     assert scores(reward, ["<answer>4/8</answer>"], ["0.5"]) == [1.0]
     lost = reward.comparer.process
