@@ -60,10 +60,9 @@ def unique_masks(grid: str) -> np.ndarray:
     differences = ((others != cells) << np.arange(16)).sum(axis=1)
     ambiguous = np.zeros(1 << 16, bool)
     ambiguous[differences] = True
-    sets = np.arange(1 << 16)
     for cell in range(16):
-        without = sets[(sets >> cell & 1) == 0]
-        ambiguous[without | 1 << cell] |= ambiguous[without]
+        halves = ambiguous.reshape(-1, 2, 1 << cell)  # sets without the cell, and with it
+        halves[:, 1] |= halves[:, 0]
     return ~ambiguous
 
 
