@@ -33,9 +33,9 @@ VARIANTS = {
     "FPO + DiPOD": "fpo_dipod",
 }
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
-# Network evaluations: about 56 steps of SPG on Sudoku (64 completions of 24 steps, and 2 passes of 2
-# masks with a backward) and 85 on Countdown (12 steps).
-BUDGET = 130_000
+# Network evaluations: about 35 steps of SPG on Sudoku (64 completions of 24 steps, and 2 passes of 2
+# masks with a backward) and 52 on Countdown (12 steps).
+BUDGET = 80_000
 TUNING_BUDGET = 34_000
 EVALUATE_EVERY = 12
 SCORE = {"sudoku": "sudoku/cell_accuracy", "countdown": "countdown/solved_rate"}

@@ -47,6 +47,14 @@ def test_validate_is_quick_and_prints_what_follows(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_builds_the_full_size_network_without_its_weights(tmp_path: Path):
+    result = rectify("validate", "llada-8b/sudoku_spg_dipod", "--plan", cwd=tmp_path)
+    assert result.returncode == 0
+    for words in ("8,015,581,184", "335,544,320", "memory of a learner rank", "GiB"):
+        assert words in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_validation_starts_no_heavy_library():
     code = """
 import sys

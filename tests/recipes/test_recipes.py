@@ -141,6 +141,45 @@ def test_impossible_combinations_are_refused(override: str, key: str, words: str
     assert words in message
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "words"),
+    [
+        ("rl={kind: flash_grpo}", "rl.kind", "trained with one of spg, diffu_grpo, fpo"),
+        ("rollout={kind: flow}", "rollout.kind", "is sampled with masked, not flow"),
+        ("rollout.block_length=7", "rollout.block_length", "does not divide rollout.length 24"),
+        ("rollout.steps=25", "rollout.steps", "no multiple of 3 blocks"),
+        ("evaluation.steps=48", "evaluation.steps", "up to rollout.length 24"),
+        ("learner.micro_batch=3", "learner.micro_batch", "each takes 2"),
+        ("rl={kind: espo, draws: 3}", "rl", "multiple of 2"),
+        ("rl.kl_coefficient=0.1", "rl.kl_coefficient", "less than or equal to 0"),
+        ("rl.dipod.beta=1", "rl.dipod.beta", "unknown key"),
+        ("policy.lora={targets: [q_proj, k_prj]}", "policy.lora.targets", "did you mean 'k_proj'"),
+        ("policy.checkpoint=/nowhere", "policy.checkpoint", "has no config.json"),
+        ("prompts.empty=[4, 13]", "prompts", "no range within 0 to 12"),
+        (
+            "prompts={kind: math, dataset: gsm8k, source: none.jsonl}",
+            "prompts.source",
+            "no such file",
+        ),
+        (
+            "evaluation.prompts={kind: file, path: none.jsonl}",
+            "evaluation.prompts.path",
+            "cannot be read",
+        ),
+    ],
+)
+def test_impossible_text_recipes_are_refused(override: str, key: str, words: str):
+    message = refused(Path("sudoku/spg_dipod"), override)
+    assert key in message
+    assert words in message
+
+
+def test_a_flow_has_no_variational_gap_and_no_text_algorithm():
+    assert "has no variational gap" in refused(DIGITS, "evaluation.gap={samples: 2}")
+    assert "is sampled with flow, not masked" in refused(DIGITS, "rollout={kind: masked}")
+    assert "trained with one of flash_grpo" in refused(DIGITS, "rl={kind: spg}")
+
+
 def test_files_that_are_no_recipes(tmp_path: Path):
     assert "is a directory" in refused(tmp_path)
     assert "did you mean 'digits/flash_grpo'" in refused(Path("digits/flash_grp"))

@@ -85,7 +85,13 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
         )
 
     def linear_names(self) -> list[str]:
-        """Names of the linear layers an adapter can go on, without building the network."""
+        """Names of the linear layers an adapter can go on, without building the network.
+
+        Raises:
+            ValueError: the checkpoint is not here and is no hub id either.
+        """
+        if not self.on_hub:
+            self.directory()
         return [f"model.transformer.blocks.0.{name}" for name in BLOCK_LINEARS]
 
     def sizes(self) -> dict[str, Any]:
