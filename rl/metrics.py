@@ -43,7 +43,7 @@ def flow_metrics(table: Columns) -> Metrics:
 
 
 def text_metrics(table: Columns) -> Metrics:
-    """Means over completions; the bound is per token, the loss as it was summed."""
+    """Means over completions; the bound is per token."""
     if len(table["loss"]) == 0:
         return {}
     metrics: Metrics = {

@@ -110,7 +110,7 @@ class MaskedDiffusionPolicy(Policy):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty cache of keys and values, with ``select(rows)``."""
+        """An empty cache of keys and values."""
 
 
 class FlowPolicy(Policy):

@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.launch import run_locally
 from cluster.plots import sample_grid
 from cluster.report import write_report
-from cluster.run import describe
+from cluster.run import describe, widening
 from cluster.tracking import MetricsFile, TensorBoardTracker
 
 
@@ -75,3 +75,20 @@ def test_video_frames_lie_side_by_side():
     media = np.zeros((3, 4, 8, 8, 1), np.uint8)
     image = Image.open(io.BytesIO(sample_grid(media, scale=1)))
     assert image.size == (3 * 33 + 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "since"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 3),
+        ([0.4, 0.1, 0.2, 0.3, 0.4, 0.5], 4),
+        ([0.1, 0.2, 0.3], 0),
+        ([0.1, 0.2, 0.3, 0.3], 0),
+        ([0.1, None, 0.2, 0.3, 0.4], 3),
+        ([], 0),
+    ],
+)
+def test_a_gap_that_widens_several_evaluations_in_a_row_is_noticed(
+    gaps: list[float | None], since: int
+):
+    assert widening(gaps) == since

@@ -370,15 +370,6 @@ def test_a_span_s_new_tokens_replace_theirs_in_the_cache(start: int, stop: int):
     torch.testing.assert_close(cache.layers, fresh.layers, rtol=0, atol=1e-5)
 
 
-def test_a_cache_can_drop_rows(model: LLaDAModelLM):
-    ids, mask = padded()
-    cache = KeyValueCache()
-    full = logits(model, ids, mask, cache=cache)
-    cache.select(torch.tensor([0]))
-    span = logits(model, ids[:1, 6:9], mask[:1], cache=cache, start=6)
-    torch.testing.assert_close(span, full[:1, 6:9], rtol=0, atol=1e-5)
-
-
 def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient():
     gradients: list[list[Tensor]] = []
     calls: list[int] = []

@@ -49,10 +49,6 @@ class KeyValueCache:
             self.layers[layer][1][:, :, span] = value
         return self.layers[layer]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only ``rows`` of the batch."""
-        self.layers = [(key[rows], value[rows]) for key, value in self.layers]
-
 
 class LLaDARMSNorm(nn.Module):
     """``x / rms(x)`` in fp32, cast back, then times the weight."""

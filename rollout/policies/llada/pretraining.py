@@ -1,8 +1,8 @@
-"""The embedded LLaDAs: the real architecture at 0.9 M parameters, trained on a task's own format.
+"""The embedded LLaDAs: the real architecture at about 1 M parameters, trained on a task's own format.
 
 Prompts and answers are those of ``rollout/sudoku.py`` and ``rollout/countdown.py`` (train split), so
-that the model knows how an answer looks; it is stopped long before it knows what is right, which is
-what reinforcement learning starts from. Trained once in minutes, cached and seeded.
+that the model knows how an answer looks and is often right: about four Sudokus of five, one Countdown
+of four. Reinforcement learning starts from there. Trained once in minutes, cached and seeded.
 """
 
 from __future__ import annotations
