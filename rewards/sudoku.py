@@ -8,7 +8,10 @@ padded with 0, a long one cut at 16 (task of d1, arXiv 2504.12216).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal
+
+from pydantic import Field
 
 from rewards.answers import last_answer
 from rewards.contract import RewardFunction, RewardSettings
@@ -17,59 +20,6 @@ CELLS = 16
 PUZZLE = re.compile(r"[0-4]{16}")
 SOLUTION = re.compile(r"[1-4]{16}")
 OTHER_THAN_DIGITS = re.compile(r"[^0-9]+")
-
-
-class SudokuReward(RewardSettings, frozen=True, extra="forbid"):
-    """Share of the empty cells of a 4x4 Sudoku filled rightly; 0 if a given cell is changed."""
-
-    kind: Literal["sudoku"] = "sudoku"
-
-    def build(self) -> RewardFunction:
-        """The function, with metrics of a set."""
-        return SudokuCells()
-
-
-class SudokuCells:
-    """Scores by the columns ``puzzle`` and ``solution`` (16 digits each)."""
-
-    def __call__(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        puzzle: list[str],
-        solution: list[str],
-        **columns: Any,
-    ) -> list[float | None]:
-        """``cell_accuracy`` of each completion.
-
-        Raises:
-            ValueError: a puzzle or solution is malformed; the sample is named.
-        """
-        check_grids(puzzle, solution)
-        samples = zip(puzzle, solution, completions, strict=True)
-        return [cell_accuracy(*sample) for sample in samples]
-
-    def describe_set(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        puzzle: list[str],
-        solution: list[str],
-        **columns: Any,
-    ) -> dict[str, float]:
-        """cell_accuracy (mean), solved_rate (every cell right), answered_rate (has a block).
-
-        Raises:
-            ValueError: a puzzle or solution is malformed; the sample is named.
-        """
-        check_grids(puzzle, solution)
-        samples = list(zip(puzzle, solution, completions, strict=True))
-        answered = [last_answer(text) is not None for text in completions]
-        return {
-            "cell_accuracy": sum(cell_accuracy(*sample) for sample in samples) / len(samples),
-            "solved_rate": sum(solved(*sample) for sample in samples) / len(samples),
-            "answered_rate": sum(answered) / len(samples),
-        }
 
 
 def cell_accuracy(puzzle: str, solution: str, completion: str) -> float:
@@ -95,6 +45,65 @@ def cell_accuracy(puzzle: str, solution: str, completion: str) -> float:
 def solved(puzzle: str, solution: str, completion: str) -> bool:
     """Whether the answer is the whole solution, given cells of ``puzzle`` included."""
     return _written(completion) == solution
+
+
+class SudokuReward(RewardSettings, frozen=True, extra="forbid"):
+    """Share of the empty cells of a 4x4 Sudoku filled rightly; 0 if a given cell is changed."""
+
+    kind: Literal["sudoku"] = "sudoku"
+    score: Literal["cells", "solved"] = Field(
+        default="cells", description="Share of the right cells, or 1 for the whole solution only."
+    )
+
+    def build(self) -> RewardFunction:
+        """The function, with metrics of a set."""
+        return SudokuCells(cell_accuracy if self.score == "cells" else solved)
+
+
+class SudokuCells:
+    """Scores by the columns ``puzzle`` and ``solution`` (16 digits each)."""
+
+    def __init__(self, score: Callable[[str, str, str], float] = cell_accuracy) -> None:
+        self.score = score
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        puzzle: list[str],
+        solution: list[str],
+        **columns: Any,
+    ) -> list[float | None]:
+        """A score for each completion.
+
+        Raises:
+            ValueError: a puzzle or solution is malformed; the sample is named.
+        """
+        check_grids(puzzle, solution)
+        samples = zip(puzzle, solution, completions, strict=True)
+        return [float(self.score(*sample)) for sample in samples]
+
+    def describe_set(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        puzzle: list[str],
+        solution: list[str],
+        **columns: Any,
+    ) -> dict[str, float]:
+        """cell_accuracy (mean), solved_rate (every cell right), answered_rate (has a block).
+
+        Raises:
+            ValueError: a puzzle or solution is malformed; the sample is named.
+        """
+        check_grids(puzzle, solution)
+        samples = list(zip(puzzle, solution, completions, strict=True))
+        answered = [last_answer(text) is not None for text in completions]
+        return {
+            "cell_accuracy": sum(cell_accuracy(*sample) for sample in samples) / len(samples),
+            "solved_rate": sum(solved(*sample) for sample in samples) / len(samples),
+            "answered_rate": sum(answered) / len(samples),
+        }
 
 
 def check_grids(puzzle: list[str], solution: list[str]) -> None:
