@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from cluster.doctor import diagnose, gpu_count
 from recipes.errors import RecipeError
 
 if TYPE_CHECKING:
-    from recipes.schema import Recipe
+    from recipes.schema import AnyRecipe
     from recipes.source import Loaded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -44,6 +44,7 @@ def run(
     from cluster.launch import run as launch
     from cluster.learner_group import LearnerLost
     from cluster.ray_cluster import ClusterError
+    from distill.train import MismatchError
     from rewards.calling import RewardFailed
     from rl.metrics import DriftError
 
@@ -51,10 +52,40 @@ def run(
         path = launch(loaded.value, out, resume, changed)
     except ResumeError as error:
         _refuse(str(error))
-    except (ClusterError, RewardFailed, DriftError, LearnerLost) as error:
+    except (ClusterError, RewardFailed, DriftError, MismatchError, LearnerLost) as error:
         err.print(f"[bold red]stopped:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     _summary(path)
+
+
+@app.command()
+def teacher(
+    recipe: Annotated[Path, typer.Argument(help="A distillation recipe, or its name.")],
+    overrides: Overrides = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples in all; default: what the run uses.")
+    ] = None,
+) -> None:
+    """Draw a recipe's teacher samples into its store (rollout.store); goes on where it stopped."""
+    loaded = _checked(recipe, overrides, filling=True)
+    from cluster.ray_cluster import ClusterError
+    from cluster.teacher_store import fill
+    from distill.store import StoreError
+    from recipes.schema import DistillRecipe
+
+    described = loaded.value
+    if not isinstance(described, DistillRecipe):
+        _refuse(f"{recipe}: has no 'distill:', so there is no teacher to draw from")
+    if described.rollout.store is None:
+        _refuse(f"{recipe}: name the store: --set rollout.store=DIRECTORY")
+    try:
+        path = fill(described, out, samples)
+    except StoreError as error:
+        _refuse(str(error))
+    except ClusterError as error:
+        err.print(f"[bold red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    out.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -91,6 +122,41 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     out.print(str(path), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a policy directory.")],
+    step: Annotated[int | None, typer.Option(help="Of a run: this checkpoint.", min=0)] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default the evaluation prompts.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Samples, prompts in turn.", min=1)] = 16,
+    seed: Annotated[int | None, typer.Option(help="Default: the run's.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", min=1)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of text; default 0, as in evaluation.", min=0)
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="A new directory; default samples, samples-2 ...")
+    ] = None,
+    video: Annotated[
+        Literal["gif", "mp4"], typer.Option("--format", help="What videos become.")
+    ] = "gif",
+) -> None:
+    """Draw samples from a checkpoint and write them as files."""
+    from cluster.sample import SampleError, check_output, draw, open_checkpoint, write
+
+    try:
+        check_output(to, video)
+        source = open_checkpoint(checkpoint, step)
+        drawn = draw(
+            source, prompt or [], count=count, seed=seed, steps=steps, temperature=temperature
+        )
+        path = write(drawn, to, video)
+    except (SampleError, RecipeError) as error:
+        _refuse(str(error))
+    out.print(f"samples: {path}", highlight=False, soft_wrap=True)
+
+
 @app.command(name="recipes")
 def list_recipes() -> None:
     """List the recipes that come with the package."""
@@ -117,10 +183,10 @@ def doctor() -> None:
 @app.command()
 def schema() -> None:
     """Print the recipes' JSON schema, for an editor."""
-    from recipes.schema import Recipe
+    from recipes.schema import KINDS
     from recipes.source import editor_schema
 
-    out.print_json(json.dumps(editor_schema(Recipe)))
+    out.print_json(json.dumps(editor_schema(KINDS)))
 
 
 def main() -> None:
@@ -128,15 +194,15 @@ def main() -> None:
     app()
 
 
-def _checked(path: Path, overrides: list[str] | None) -> Loaded[Recipe]:
+def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> Loaded[AnyRecipe]:
     from cluster.tracking import missing
     from recipes.check import check
-    from recipes.schema import Recipe
+    from recipes.schema import recipe_type
     from recipes.source import load
 
     try:
-        loaded = load(path, Recipe, overrides or [])
-        check(loaded, gpu_count())
+        loaded = load(path, recipe_type, overrides or [])
+        check(loaded, gpu_count(), filling)
         absent = {kind: remedy for kind in loaded.value.tracking if (remedy := missing(kind))}
         if absent:
             raise RecipeError(
@@ -148,7 +214,7 @@ def _checked(path: Path, overrides: list[str] | None) -> Loaded[Recipe]:
     return loaded
 
 
-def _planned(recipe: Recipe) -> dict[str, str]:
+def _planned(recipe: AnyRecipe) -> dict[str, str]:
     """Shapes and memory, as rows."""
     from recipes.memory import plan
     from recipes.shapes import shapes

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cluster.engine import MOMENTS, ObjectiveModule, adamw
+from cluster.engine import MOMENTS, Wrapped, adamw
 from recipes.schema import LearnerConfig, OptimizerConfig
-from rl.algorithm import Table
 
 
 def join_group(rank: int, ranks: int, address: str, port: int, gpu: bool) -> None:
@@ -39,11 +38,9 @@ def join_group(rank: int, ranks: int, address: str, port: int, gpu: bool) -> Non
 
 
 class DeepSpeedEngine:
-    """ZeRO 0-3 around an objective. See ``cluster.engine.Engine``."""
+    """ZeRO 0-3 around a module. See ``cluster.engine.Engine``."""
 
-    def __init__(
-        self, module: ObjectiveModule, optimizer: OptimizerConfig, learner: LearnerConfig
-    ) -> None:
+    def __init__(self, module: Wrapped, optimizer: OptimizerConfig, learner: LearnerConfig) -> None:
         import deepspeed
 
         self.stage, self.ranks = learner.zero_stage, learner.ranks
@@ -51,7 +48,7 @@ class DeepSpeedEngine:
         trained = [p for p in module.network.parameters() if p.requires_grad]
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
-            model=module,
+            model=cast(nn.Module, module),
             optimizer=adamw(trained, optimizer),
             config={
                 "train_micro_batch_size_per_gpu": learner.micro_batch,
@@ -66,13 +63,13 @@ class DeepSpeedEngine:
             n: p for n, p in self.engine.module.network.named_parameters() if n in set(self.names)
         }
 
-    def forward(self, batch: Any) -> tuple[Tensor, Table]:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """See ``Engine``."""
-        return self.engine(batch)
+        return self.engine(*inputs, **options)
 
-    def scores(self, batch: Any) -> Tensor:
-        """See ``Engine``."""
-        return self.engine(batch, scores=True)
+    def apply(self, *inputs: Any) -> Any:
+        """See ``Engine``. Past the engine: it would await a backward of its own."""
+        return self.engine.module(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See ``Engine``. DeepSpeed averages over ranks, hence the factor."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.schema import OptimizerConfig
-from rl.algorithm import Algorithm, Table
+from rl.algorithm import Algorithm
 from rollout.policies.base import Policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,15 +30,25 @@ class ObjectiveModule(nn.Module):
         return algorithm.scores(policy, batch) if scores else algorithm.loss(policy, batch)
 
 
-class Engine(Protocol):
-    """Runs an objective and steps its parameters. Collective: all ranks call everything."""
+class Wrapped(Protocol):
+    """A module that an engine takes: ``network`` holds what trains, under the names it is saved by."""
 
-    def forward(self, batch: Any) -> tuple[Tensor, Table]:
-        """Loss (this rank's part of the sum) and table."""
+    network: nn.Module
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The whole forward."""
         ...
 
-    def scores(self, batch: Any) -> Tensor:
-        """What the loss compares with, under the present weights; call without gradient."""
+
+class Engine(Protocol):
+    """Runs a module and steps its parameters. Collective: all ranks call everything."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The module's forward, of which ``backward`` may follow."""
+        ...
+
+    def apply(self, *inputs: Any) -> Any:
+        """The module's forward when no gradient of it will reach the parameters."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -78,19 +88,19 @@ def adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.AdamW:
 class TorchEngine:
     """One process, plain PyTorch: the reference that the DeepSpeed engine is tested against."""
 
-    def __init__(self, module: ObjectiveModule, config: OptimizerConfig) -> None:
+    def __init__(self, module: Wrapped, config: OptimizerConfig) -> None:
         self.module = module
         self.config = config
         self.parameters = {n: p for n, p in module.network.named_parameters() if p.requires_grad}
         self.optimizer = adamw(list(self.parameters.values()), config)
 
-    def forward(self, batch: Any) -> tuple[Tensor, Table]:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """See ``Engine``."""
-        return self.module(batch)
+        return self.module(*inputs, **options)
 
-    def scores(self, batch: Any) -> Tensor:
+    def apply(self, *inputs: Any) -> Any:
         """See ``Engine``."""
-        return self.module(batch, scores=True)
+        return self.module(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See ``Engine``."""

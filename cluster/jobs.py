@@ -14,19 +14,27 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import Record
+from distill.contracts import TeacherItem
 from rewards.calling import Scores, check_failures
 from rewards.catalogue import RewardConfig
 from rl.contracts import Sampled, Scored
 from rl.items import Item
 from rollout.draws import Group
 
+# What a learner rank takes: a record that holds a reference in ``replay``.
+AnyItem = Item | TeacherItem
+
 
 def partition(groups: Sequence[Group], batch_size: int) -> list[slice]:
-    """Consecutive whole groups of at most ``batch_size`` samples together (one group at least)."""
+    """Consecutive whole groups of at most ``batch_size`` samples together (one group at least).
+
+    Groups of different steps are in different calls, whatever the range of steps at hand.
+    """
     jobs: list[slice] = []
     start = samples = 0
     for position, group in enumerate(groups):
-        if position > start and samples + group.size > batch_size:
+        full = samples + group.size > batch_size or group.step != groups[start].step
+        if position > start and full:
             jobs.append(slice(start, position))
             start, samples = position, 0
         samples += group.size
@@ -114,17 +122,17 @@ def _part(scores: Scores, span: range) -> Scores:
 
 
 def place_replays(
-    steps: Sequence[Sequence[Item]],
-) -> tuple[list[list[Item]], list[Any]]:
+    steps: Sequence[Sequence[AnyItem]],
+) -> tuple[list[list[AnyItem]], list[Any]]:
     """Items with positions in place of their replays, and each of these once.
 
     Ray resolves references only where they are arguments themselves.
     """
     places: dict[int, int] = {}
     replays: list[Any] = []
-    placed: list[list[Item]] = []
+    placed: list[list[AnyItem]] = []
     for items in steps:
-        row: list[Item] = []
+        row: list[AnyItem] = []
         for item in items:
             place = places.setdefault(id(item.replay), len(replays))
             if place == len(replays):

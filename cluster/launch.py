@@ -20,8 +20,11 @@ from cluster.report import write_report
 from cluster.reward_actors import RayScorer
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import RunDirectory, data_digest, describe, new_directory
+from cluster.teacher_store import teacher_source
 from cluster.tracking import MetricsFile, open_trackers
-from recipes.schema import Recipe
+from distill.catalogue import teacher_plan
+from distill.train import Distiller
+from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from rl.catalogue import build_algorithm
 from rl.contracts import RolloutPool, Scorer
 from rl.evaluate import Evaluation
@@ -39,7 +42,7 @@ class ResumeError(ValueError):
 
 
 def run(
-    recipe: Recipe, console: Console, resume: Path | None = None, changed: bool = False
+    recipe: AnyRecipe, console: Console, resume: Path | None = None, changed: bool = False
 ) -> Path:
     """Run a recipe on Ray, or continue ``resume``; returns the run directory, report written.
 
@@ -76,7 +79,7 @@ def run(
     return path
 
 
-def _on_ray(recipe: Recipe, directory: RunDirectory, placement: Placement, log_dir: str) -> None:
+def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, log_dir: str) -> None:
     """Actors up one kind after another (loading all at once spikes memory), then train."""
     pool = RayRolloutPool(recipe, placement, log_dir)
     pool.start()
@@ -98,7 +101,7 @@ def _on_ray(recipe: Recipe, directory: RunDirectory, placement: Placement, log_d
             )
 
 
-def run_locally(recipe: Recipe, path: Path, console: Console) -> RunDirectory:
+def run_locally(recipe: AnyRecipe, path: Path, console: Console) -> RunDirectory:
     """The same run in this process without Ray or DeepSpeed, in ``path``; continues what is there."""
     path.mkdir(parents=True, exist_ok=True)
     recipe.policy.prepare()
@@ -111,7 +114,7 @@ def run_locally(recipe: Recipe, path: Path, console: Console) -> RunDirectory:
 
 
 def _train(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     directory: RunDirectory,
     pool: RolloutPool,
     scorer: Scorer,
@@ -123,7 +126,10 @@ def _train(
         learner.restore(found.path)
         directory.progress.message(f"continuing after step {found.step}")
     directory.save = learner.save
-    trainer = build_trainer(recipe, directory, pool, scorer, learner, found.step if found else 0)
+    step = found.step if found else 0
+    build = build_distiller if isinstance(recipe, DistillRecipe) else build_trainer
+    parts: Any = (directory, pool, scorer, learner, step)
+    trainer = build(recipe, *parts)  # pyright: ignore[reportArgumentType]
     pool.load(learner.publish(trainer.step))
     prove_rewards(trainer)
     trainer.train()
@@ -173,21 +179,68 @@ def build_trainer(
     )
 
 
-def prove_rewards(trainer: Trainer) -> None:
+def build_distiller(
+    recipe: DistillRecipe,
+    directory: RunDirectory,
+    pool: RolloutPool,
+    scorer: Scorer,
+    learner: RayLearner | LocalLearner,
+    step: int,
+) -> Distiller:
+    """The loop of a distillation over its parts."""
+    rollout, evaluation = recipe.rollout, recipe.evaluation
+    prompts = recipe.prompts.load()
+    held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
+    schedule = Schedule(
+        seed=recipe.seed,
+        steps=recipe.steps,
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        evaluate_every=evaluation.every,
+        checkpoint_every=recipe.checkpoints.every,
+        weights={},
+        dtype=recipe.policy.dtype,
+    )
+    return Distiller(
+        schedule=schedule,
+        student=recipe.distill.evaluation_plan(evaluation.steps),
+        teachers={"teacher": teacher_plan(), "teacher_2_steps": teacher_plan(2)},
+        teacher=teacher_source(recipe, pool, schedule),
+        pool=pool,
+        scorer=scorer,
+        learner=learner,
+        evaluation=Evaluation(
+            algorithm=recipe.distill,
+            prompts=held_out,
+            samples=evaluation.samples,
+            seed=recipe.seed,
+            steps=evaluation.steps,
+        ),
+        run=directory,
+        step=step,
+        fetch=_fetch,
+    )
+
+
+def prove_rewards(trainer: Trainer | Distiller) -> None:
     """Every reward scores one sample before training starts.
 
     Raises:
         RewardFailed: one does not, with its own error.
     """
     groups = groups_for(
-        trainer.prompts, seed=trainer.schedule.seed, step=EVALUATION_STEP, count=1, size=1
+        trainer.evaluation.prompts,
+        seed=trainer.schedule.seed,
+        step=EVALUATION_STEP,
+        count=1,
+        size=1,
     )
-    plans = [trainer.algorithm.evaluation_plan(None)]
+    plans = [trainer.evaluation.algorithm.evaluation_plan(None)]
     trainer.scorer.score(trainer.pool.generate(groups, plans), held_out=True)
     trainer.scorer.take_seconds()
 
 
-def check_resume(path: Path, recipe: Recipe, changed: bool) -> None:
+def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
     """Refuse to continue something else than was begun.
 
     Raises:

@@ -16,14 +16,14 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.jobs import place_replays
+from cluster.distill_rank import build_rank
+from cluster.jobs import AnyItem, place_replays
 from cluster.logs import log_to
-from cluster.rank import LearnerRank
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
 from cluster.weights import Weights
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe, recipe_from_json
 from rl.contracts import Update
-from rl.items import Item, micro_steps, share
+from rl.items import micro_steps, share
 
 
 class LearnerLost(RuntimeError):
@@ -35,7 +35,7 @@ class RankActor:
 
     def __init__(self, log: str) -> None:
         log_to(log)
-        self.rank: LearnerRank
+        self.rank: Any
 
     def address(self) -> tuple[str, int]:
         """Where ranks can meet: this node and a port that is free now."""
@@ -47,12 +47,12 @@ class RankActor:
         """Join the group and build the engine; returns the process id."""
         from cluster.deepspeed_engine import join_group
 
-        recipe = Recipe.model_validate_json(recipe_json)
+        recipe = recipe_from_json(recipe_json)
         gpu = recipe.learner.gpus > 0
         join_group(rank, recipe.learner.ranks, *address, gpu=gpu)
         threads = max(int(recipe.learner.cpus), 1)
         device = "cuda" if gpu else "cpu"
-        self.rank = LearnerRank(recipe_json, rank, device, threads, "deepspeed")
+        self.rank = build_rank(recipe_json, rank, device, threads, "deepspeed")
         return os.getpid()
 
     def update(self, *arguments: Any) -> Update:
@@ -79,7 +79,7 @@ class RankActor:
 class RayLearner:
     """See ``rl.contracts.Learner``."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, log_dir: str) -> None:
+    def __init__(self, recipe: AnyRecipe, placement: Placement, log_dir: str) -> None:
         self.recipe = recipe
         learner, colocated = recipe.learner, recipe.cluster.colocated
         actor: Any = ray.remote(RankActor)
@@ -105,7 +105,7 @@ class RayLearner:
         calls = [rank.start.remote(recipe, i, address) for i, rank in enumerate(self.ranks)]
         return self._get(calls, timeout)
 
-    def update(self, steps: Sequence[Sequence[Item]]) -> Update:
+    def update(self, steps: Sequence[Sequence[AnyItem]]) -> Update:
         """See ``rl.contracts.Learner``."""
         size = self.recipe.learner.micro_batch
         shares = [share(items, len(self.ranks)) for items in steps]
@@ -123,7 +123,7 @@ class RayLearner:
             seconds=tuple(second for part in parts for second in part.seconds),
         )
 
-    def replay(self, items: Sequence[Item]) -> Mapping[str, Any]:
+    def replay(self, items: Sequence[AnyItem]) -> Mapping[str, Any]:
         """See ``rl.contracts.Learner``."""
         shares = share(items, len(self.ranks))
         count = micro_steps(shares, self.recipe.learner.micro_batch)

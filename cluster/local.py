@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from cluster.distill_rank import build_rank
 from cluster.jobs import (
+    AnyItem,
     chunk_columns,
     chunked,
     collect,
@@ -20,20 +22,19 @@ from cluster.jobs import (
     reward_name,
     sampled,
 )
-from cluster.rank import LearnerRank
 from cluster.weights import Weights
 from cluster.workers import Failed, RewardWorker, RolloutWorker
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 from rewards.calling import Scores
 from rl.contracts import Metrics, Plan, Sampled, Scored, Update
-from rl.items import Item, micro_steps
+from rl.items import micro_steps
 from rollout.draws import Group
 
 
 class LocalRolloutPool:
     """One rollout worker in this process."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: AnyRecipe) -> None:
         self.batch_size = recipe.rollout.batch_size
         self.worker = RolloutWorker(recipe.model_dump_json(), "cpu", torch.get_num_threads())
 
@@ -53,7 +54,7 @@ class LocalRolloutPool:
 class LocalScorer:
     """Every reward in this process."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: AnyRecipe) -> None:
         threads = torch.get_num_threads()
         self.seconds = 0.0
         self.training = [RewardWorker(config, threads) for config in recipe.rewards]
@@ -92,18 +93,18 @@ class LocalScorer:
 class LocalLearner:
     """One learner rank in this process, on the plain PyTorch engine."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: AnyRecipe) -> None:
         threads = torch.get_num_threads()
-        self.rank = LearnerRank(recipe.model_dump_json(), 0, "cpu", threads, "torch")
+        self.rank: Any = build_rank(recipe.model_dump_json(), 0, "cpu", threads, "torch")
         self.micro_batch = recipe.learner.micro_batch
 
-    def update(self, steps: Sequence[Sequence[Item]]) -> Update:
+    def update(self, steps: Sequence[Sequence[AnyItem]]) -> Update:
         """See ``rl.contracts.Learner``."""
         placed, replays = place_replays(steps)
         counts = [micro_steps([items], self.micro_batch) for items in steps]
         return self.rank.update(placed, counts, *replays)
 
-    def replay(self, items: Sequence[Item]) -> dict[str, Any]:
+    def replay(self, items: Sequence[AnyItem]) -> dict[str, Any]:
         """See ``rl.contracts.Learner``."""
         (placed,), replays = place_replays([items])
         return self.rank.replay(placed, micro_steps([items], self.micro_batch), *replays)

@@ -22,7 +22,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 
 # The process behind a call is gone, or its result with it. Whether the call ran is unknown.
 LOST = (ActorDiedError, ActorUnavailableError, NodeDiedError, ObjectLostError, WorkerCrashedError)
@@ -47,7 +47,7 @@ class Placement:
 
 
 @contextlib.contextmanager
-def connected(recipe: Recipe) -> Generator[Placement]:
+def connected(recipe: AnyRecipe) -> Generator[Placement]:
     """Ray running and the bundles of the recipe reserved; both are given back at the end.
 
     Raises:
@@ -81,7 +81,9 @@ def connected(recipe: Recipe) -> Generator[Placement]:
         ray.shutdown()
 
 
-def bundles_of(recipe: Recipe) -> tuple[list[dict[str, float]], tuple[int, ...], tuple[int, ...]]:
+def bundles_of(
+    recipe: AnyRecipe,
+) -> tuple[list[dict[str, float]], tuple[int, ...], tuple[int, ...]]:
     """Placement bundles, and the bundle of each rollout actor and each learner rank.
 
     Colocated actors share a bundle of the larger one's size: they take turns.

@@ -17,7 +17,7 @@ import ray
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
 from cluster.workers import RewardWorker
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 from rewards.calling import Failure, Scores
 from rewards.catalogue import RewardConfig
 from rl.contracts import Metrics, Sampled, Scored
@@ -49,7 +49,7 @@ class _Call:
 class RayScorer:
     """See ``rl.contracts.Scorer``."""
 
-    def __init__(self, recipe: Recipe, log_dir: str) -> None:
+    def __init__(self, recipe: AnyRecipe, log_dir: str) -> None:
         self.training = [self._serve(recipe, config, log_dir) for config in recipe.rewards]
         self.held_out = [
             self._serve(recipe, config, log_dir) for config in recipe.evaluation.rewards
@@ -57,7 +57,7 @@ class RayScorer:
         self.start_timeout = recipe.cluster.start_timeout
         self.seconds = 0.0
 
-    def _serve(self, recipe: Recipe, config: RewardConfig, log_dir: str) -> _Served:
+    def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
         actor: Any = ray.remote(RewardWorker)
         cpu_only = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}

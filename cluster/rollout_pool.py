@@ -21,7 +21,7 @@ from cluster.jobs import partition, sampled
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
 from cluster.weights import Weights
 from cluster.workers import Failed, Health, Record, RolloutWorker
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 from rl.contracts import Plan, Sampled
 from rollout.draws import Group
 
@@ -62,7 +62,7 @@ class _Running:
 class RayRolloutPool:
     """See ``rl.contracts.RolloutPool``."""
 
-    def __init__(self, recipe: Recipe, placement: Placement, log_dir: str) -> None:
+    def __init__(self, recipe: AnyRecipe, placement: Placement, log_dir: str) -> None:
         self.recipe = recipe
         self.weights: Weights | None = None
         self.restarts = 0
@@ -190,8 +190,11 @@ class RayRolloutPool:
                 self._again(entry, todo, attempts, answer.message)
                 continue
             yield answer, entry
+        # A driver that was busy elsewhere finds answers that came long before their deadline.
+        late = [r for r, entry in running.items() if time.monotonic() > entry.deadline]
+        done = set(ray.wait(late, num_returns=len(late), timeout=0)[0]) if late else set[Any]()
         for reference, entry in list(running.items()):
-            if time.monotonic() > entry.deadline:
+            if reference in late and reference not in done:
                 del running[reference]
                 entry.worker.jobs.discard(entry.job)
                 message = f"no answer within {self.recipe.cluster.job_timeout:g} s"

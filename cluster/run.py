@@ -23,7 +23,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.plots import sample_grid
 from cluster.progress import Progress
 from cluster.tracking import MetricsFile, Tracker
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 from rl.contracts import Metrics, Scored
 from rollout.draws import Prompt
 
@@ -44,7 +44,7 @@ class RunDirectory:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         path: Path,
         trackers: Sequence[Tracker],
         progress: Progress,
@@ -225,7 +225,7 @@ def widening(gaps: Sequence[float | None]) -> int:
     return grown if grown >= WIDENING else 0
 
 
-def new_directory(recipe: Recipe) -> Path:
+def new_directory(recipe: AnyRecipe) -> Path:
     """A directory of its own for a new run: ``name``, or ``name-2`` ... where that is taken."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -240,7 +240,7 @@ def new_directory(recipe: Recipe) -> Path:
         return path
 
 
-def describe(path: Path, recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+def describe(path: Path, recipe: AnyRecipe, prompts: Sequence[Prompt]) -> None:
     """Write what the run is: resolved recipe, data digest, versions."""
     document = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (path / "recipe.yaml").write_text(document)

@@ -16,7 +16,8 @@ import torch
 
 from cluster.logs import log_to
 from cluster.weights import Weights, bind
-from recipes.schema import Recipe
+from distill.catalogue import PairSampler, build_student, build_teacher
+from recipes.schema import AnyRecipe, DistillRecipe, recipe_from_json
 from rewards.calling import Scores, call_reward
 from rewards.catalogue import RewardConfig
 from rewards.contract import SetMetric
@@ -25,8 +26,19 @@ from rl.gap import variational_gap
 from rollout.draws import Group
 from rollout.flow_sampler import FlowRollout, FlowSummary
 from rollout.masked import DecodePlan, MaskedRollout, TextSummary
+from rollout.policies.base import Policy
 
 Rollout = FlowRollout | MaskedRollout
+
+
+def sampler_of(recipe: AnyRecipe, device: str) -> tuple[Policy, Any]:
+    """The policy that a run trains, before training, and what samples it."""
+    if isinstance(recipe, DistillRecipe):
+        student = build_student(recipe.distill, recipe.policy, recipe.rollout, device, recipe.seed)
+        teacher = build_teacher(recipe.policy, device)
+        return student, PairSampler(recipe.rollout, teacher, student)
+    policy: Any = recipe.policy.build(device, seed=recipe.seed)
+    return policy, recipe.rollout.build(policy)
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,7 @@ class RolloutWorker:
         torch.set_num_threads(threads)
         self.boot = uuid.uuid4().hex
         self.version: int | None = None
-        recipe = Recipe.model_validate_json(recipe_json)
-        self.policy = recipe.policy.build(device, seed=recipe.seed)
-        self.sampler: Any = recipe.rollout.build(self.policy)  # pyright: ignore[reportArgumentType]
+        self.policy, self.sampler = sampler_of(recipe_from_json(recipe_json), device)
 
     def health(self) -> Health:
         """Answers while a job runs."""

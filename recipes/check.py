@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+from recipes.check_distill import distillation, distilled, stored_samples
 from recipes.errors import RecipeError, nearest
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from recipes.source import Loaded
 from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig, build_algorithm
 from rl.flash_grpo import FlashGRPOConfig
@@ -23,11 +24,12 @@ from rollout.policies.base import forwards_per_sample
 from rollout.policies.llada.policy import LladaConfig
 
 
-def check(loaded: Loaded[Recipe], gpus: int) -> None:
+def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
     """Refuse combinations that cannot run.
 
     Args:
         loaded: the recipe. gpus: how many this machine has (a local cluster cannot have more).
+        filling: a distillation's store need not be there yet.
 
     Raises:
         RecipeError: with all of them.
@@ -36,10 +38,7 @@ def check(loaded: Loaded[Recipe], gpus: int) -> None:
     problems = [
         loaded.problem(key, message)
         for group in (
-            _kinds(recipe),
-            _decoding(recipe),
-            _timesteps(recipe),
-            _sizes(recipe),
+            *_own(recipe, filling),
             _policy(recipe),
             _rewards(recipe),
             _resources(recipe, gpus),
@@ -48,6 +47,13 @@ def check(loaded: Loaded[Recipe], gpus: int) -> None:
     ]
     if problems:
         raise RecipeError(problems)
+
+
+def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
+    """The checks of a recipe's kind."""
+    if isinstance(recipe, DistillRecipe):
+        return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
+    return [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _sizes(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -166,7 +172,7 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _policy(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _policy(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     try:
         names = recipe.policy.linear_names()
     except (ValueError, KeyError) as error:
@@ -190,8 +196,8 @@ def _policy(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}{place}", str(error)
 
 
-def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    if all(config.weight == 0 for config in recipe.rewards):
+def _rewards(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+    if isinstance(recipe, Recipe) and all(config.weight == 0 for config in recipe.rewards):
         yield "rewards", "every weight is 0: there is nothing to train on"
     seen: set[str] = set()
     for part, configs in (
@@ -208,7 +214,7 @@ def _rewards(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"{part}.{index}", problem
 
 
-def _resources(recipe: Recipe, gpus: int) -> Iterator[tuple[str, str]]:
+def _resources(recipe: AnyRecipe, gpus: int) -> Iterator[tuple[str, str]]:
     if recipe.cluster.address != "local":
         return
     need = needed(recipe, "gpus")
@@ -217,7 +223,7 @@ def _resources(recipe: Recipe, gpus: int) -> Iterator[tuple[str, str]]:
         yield key, f"the recipe needs {need:g} GPUs and this machine has {gpus}"
 
 
-def needed(recipe: Recipe, kind: str) -> float:
+def needed(recipe: AnyRecipe, kind: str) -> float:
     """CPUs or GPUs of all actors; colocated workers and ranks take turns on the same."""
     per_worker, per_rank = (recipe.workers.gpus, recipe.learner.gpus)
     if kind == "cpus":
@@ -230,8 +236,10 @@ def needed(recipe: Recipe, kind: str) -> float:
     return total + sum(c.replicas * (c.gpus if kind == "gpus" else c.cpus) for c in rewards)
 
 
-def derived(recipe: Recipe) -> dict[str, str]:
+def derived(recipe: AnyRecipe) -> dict[str, str]:
     """The numbers that a reader of the recipe wants to see, by name."""
+    if isinstance(recipe, DistillRecipe):
+        return {**distilled(recipe), **_everywhere(recipe)}
     rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
     samples = rollout.prompts_per_step * rollout.group_size
     steps = rl.epochs * rl.minibatches
@@ -244,9 +252,7 @@ def derived(recipe: Recipe) -> dict[str, str]:
         f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",
         "rollout jobs per step": f"{jobs} for {recipe.workers.count} workers",
         **_sampling(recipe),
-        "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
-        f"(this machine has {os.cpu_count()} CPU)",
-        "run directory": str(Path(recipe.run_dir) / recipe.name),
+        **_everywhere(recipe),
     }
     if rl.dipod is not None and rl.dipod.form == "alternating":
         numbers["distillation"] = (
@@ -255,6 +261,14 @@ def derived(recipe: Recipe) -> dict[str, str]:
     if jobs % recipe.workers.count:
         numbers["note"] = "rollout jobs do not divide by workers.count: some workers will wait"
     return numbers
+
+
+def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
+    return {
+        "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
+        f"(this machine has {os.cpu_count()} CPU)",
+        "run directory": str(Path(recipe.run_dir) / recipe.name),
+    }
 
 
 def _sampling(recipe: Recipe) -> dict[str, str]:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recipes.schema import Recipe
+    from recipes.schema import AnyRecipe, Recipe
     from rollout.masked import MaskedSamplerConfig
     from rollout.policies.llada.policy import LladaConfig
     from rollout.policies.wan import WanConfig
@@ -301,7 +301,7 @@ def worker_memory(
     return memory
 
 
-def plan(recipe: Recipe, prompt_tokens: int = 256) -> dict[str, dict[str, str]]:
+def plan(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, dict[str, str]]:
     """Memory of a recipe's processes in words, with the total: ``learner rank``, ``rollout actor``.
 
     Args:
@@ -311,6 +311,10 @@ def plan(recipe: Recipe, prompt_tokens: int = 256) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: the policy's checkpoint is neither here nor known.
     """
+    from recipes.schema import DistillRecipe
+
+    if isinstance(recipe, DistillRecipe):
+        raise ValueError("distillations have no memory plan yet")
     if recipe.policy.kind == "llada" and recipe.rollout.kind == "masked":
         rows = _text_rows(recipe, recipe.policy, recipe.rollout, prompt_tokens)
     elif recipe.policy.kind == "wan":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
-from recipes.schema import Recipe
+from recipes.schema import KINDS
 
 
-def reference(model: type[BaseModel]) -> str:
-    """Markdown: a section for the recipe and one for each config class it is made of."""
-    schema = model.model_json_schema()
-    sections = [_section(schema["title"], schema)]
-    sections += [_section(name, part) for name, part in sorted(schema["$defs"].items())]
+def reference(models: Sequence[type[BaseModel]]) -> str:
+    """Markdown: a section for each kind of recipe and one for each config class they are made of."""
+    pairs: Any = [(model, "validation") for model in models]
+    parts = models_json_schema(pairs)[1]["$defs"]
+    names = [model.__name__ for model in models]
+    sections = [_section(name, parts[name]) for name in names]
+    sections += [_section(name, part) for name, part in sorted(parts.items()) if name not in names]
     head = "# Recipe reference\n\nGenerated from the schema by `make docs`.\n\n"
     return head + "\n".join(sections)
 
@@ -54,4 +58,4 @@ def _default(field: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference(Recipe))
+    sys.stdout.write(reference(list(KINDS.values())[::-1]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from distill.catalogue import DistillConfig
 from rewards.catalogue import RewardConfig
 from rl.catalogue import AlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
@@ -47,6 +50,9 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
         default=1.0, gt=0, description="Global gradient norm is clipped to this."
     )
     warmup_steps: int = Field(default=0, ge=0, description="Optimiser steps of linear warm-up.")
+    decay: Literal["none", "linear", "cosine"] = Field(
+        default="none", description="How the learning rate falls to 0 at the last step."
+    )
     ema_decay: float = Field(
         default=0.9,
         ge=0,
@@ -142,19 +148,32 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class Recipe(BaseModel, frozen=True, extra="forbid"):
-    """A run: a policy, prompts, rewards, an algorithm, and the cluster that does it."""
+class TeacherRolloutConfig(FlowSamplerConfig, frozen=True, extra="forbid"):
+    """How the teacher of a distillation is sampled; the student takes two steps of the same shift."""
+
+    steps: int = Field(default=8, ge=2, le=1000, description="Steps of the teacher.")
+    sigma_max: float = Field(
+        default=1.0, gt=0, le=1, description="Start of the unshifted grid; Wan's pipeline: 0.999."
+    )
+    prompts_per_step: int = Field(default=32, ge=1, description="Conditions per training step.")
+    group_size: int = Field(default=4, ge=1, description="Samples of a condition.")
+    store: Path | None = Field(
+        default=None,
+        description="Take samples from this store, which 'rectify teacher' fills; default: workers "
+        "draw them while the learner trains.",
+    )
+    groups_per_shard: int = Field(default=64, ge=1, description="Conditions in a file of a store.")
+
+
+class RunRecipe(BaseModel, frozen=True, extra="forbid"):
+    """What every run has: a policy, prompts, rewards that look at it, and the cluster that does it."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Names the run directory."
     )
     seed: int = Field(default=0, ge=0, description="All randomness of the run.")
     steps: int = Field(default=100, ge=0, description="Training steps.")
-    policy: PolicyConfig = Field(default=WanConfig(), description="The model that trains.")
     prompts: PromptsConfig = Field(default=DigitPrompts(), description="Where prompts come from.")
-    rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
-    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
-    rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
     optimizer: OptimizerConfig = Field(
         default=OptimizerConfig(), description="AdamW and averaging."
     )
@@ -174,3 +193,42 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def directory(self) -> Path:
         """The run directory."""
         return self.run_dir / self.name
+
+
+class Recipe(RunRecipe, frozen=True, extra="forbid"):
+    """An alignment run: a policy learns from rewards."""
+
+    policy: PolicyConfig = Field(default=WanConfig(), description="The model that trains.")
+    rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
+    rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
+
+
+class DistillRecipe(RunRecipe, frozen=True, extra="forbid"):
+    """A distillation: a student learns from the samples of a teacher."""
+
+    policy: WanConfig = Field(
+        default=WanConfig(), description="The teacher; its lora is what lora_per_step trains."
+    )
+    rollout: TeacherRolloutConfig = Field(
+        default=TeacherRolloutConfig(), description="Sampling of the teacher."
+    )
+    rewards: tuple[RewardConfig, ...] = Field(
+        default=(), description="Scores of samples in evaluation; nothing is optimised."
+    )
+    distill: DistillConfig = Field(description="The method.")
+
+
+AnyRecipe = Recipe | DistillRecipe
+# What a document with a key describes; None: any other.
+KINDS: dict[str | None, type[AnyRecipe]] = {"distill": DistillRecipe, None: Recipe}
+
+
+def recipe_type(document: Mapping[str, Any]) -> type[AnyRecipe]:
+    """What a document describes."""
+    return next(kind for key, kind in KINDS.items() if key is None or key in document)
+
+
+def recipe_from_json(text: str) -> AnyRecipe:
+    """A validated recipe that was dumped as JSON."""
+    return recipe_type(json.loads(text)).model_validate_json(text)

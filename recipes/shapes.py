@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from recipes.schema import Recipe
+from recipes.schema import AnyRecipe
 
 
-def shapes(recipe: Recipe, prompt_tokens: int = 256) -> dict[str, str]:
+def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
     """Parameters, what trains, and the shapes of a learner's forward, by building them.
 
     Every module, adapter and operation is the one that a run uses; only memory is not. A flow policy

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails
 
 from recipes.errors import Location, Problem, RecipeError, nearest
@@ -33,12 +34,14 @@ class Loaded(Generic[M]):
         return Problem(place(self.tree, path), key, message)
 
 
-def load(path: Path, model: type[M], overrides: Sequence[str] = ()) -> Loaded[M]:
+def load(
+    path: Path, model: type[M] | Callable[[dict[str, Any]], type[M]], overrides: Sequence[str] = ()
+) -> Loaded[M]:
     """Read, extend, override and validate a recipe.
 
     Args:
         path: a file, or the name of a packaged recipe (``digits/flash_grpo``).
-        model: what it must be.
+        model: what it must be, or a function that tells from the document.
         overrides: ``key.path=value`` in YAML's scalar or flow syntax.
 
     Raises:
@@ -47,11 +50,12 @@ def load(path: Path, model: type[M], overrides: Sequence[str] = ()) -> Loaded[M]
     tree = _extended(find(path), ())
     for override in overrides:
         _override(tree, override)
+    kind: Any = model if isinstance(model, type) else model(tree.data)
     try:
         text = json.dumps(tree.data, allow_nan=False)
-        value = model.model_validate_json(text, strict=True)
+        value = kind.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise RecipeError(_problems(error, tree, model)) from None
+        raise RecipeError(_problems(error, tree, kind)) from None
     return Loaded(value, tree.data, tree)
 
 
@@ -265,13 +269,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def editor_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema that an editor completes and checks recipes with."""
-    schema = model.model_json_schema()
+def editor_schema(kinds: Mapping[str | None, type[BaseModel]]) -> dict[str, Any]:
+    """The JSON schema that an editor completes and checks recipes with.
+
+    ``kinds``: what a document with a key is, tried in order; None: any other.
+    """
+    pairs: Any = [(kind, "validation") for kind in kinds.values()]
+    references, definitions = models_json_schema(pairs, ref_template="#/$defs/{model}")
     extends = {
         "description": "Recipe file(s) that this one starts from.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    schema["properties"] = {"extends": extends, **schema["properties"]}
-    schema.pop("required", None)  # a recipe that extends another may leave anything out
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    for kind in kinds.values():
+        schema = definitions["$defs"][kind.__name__]
+        schema["properties"] = {"extends": extends, **schema["properties"]}
+        schema.pop("required", None)  # a recipe that extends another may leave anything out
+    chosen: dict[str, Any] = {}
+    for key, kind in reversed(list(kinds.items())):
+        reference = references[kind, "validation"]
+        whole = {"if": {"required": [key]}, "then": reference, "else": chosen}
+        chosen = reference if key is None else whole
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **chosen, **definitions}

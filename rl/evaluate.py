@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from rl.algorithm import Algorithm
-from rl.contracts import Learner, Metrics, RolloutPool, Scored, Scorer
+from rl.contracts import Learner, Metrics, Plan, RolloutPool, Scored, Scorer
 from rl.metrics import length_metrics
 from rollout.draws import EVALUATION_STEP, Prompt, groups_for
+
+
+class Plans(Protocol):
+    """What knows how an evaluation sample is drawn: an algorithm."""
+
+    def evaluation_plan(self, steps: int | None, orders: int = 0) -> Plan:
+        """See ``rl.algorithm.Algorithm``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Evaluation:
             orders each.
     """
 
-    algorithm: Algorithm[Any]
+    algorithm: Plans
     prompts: Sequence[Prompt]
     samples: int
     seed: int
@@ -42,13 +49,28 @@ class Evaluation:
         The pool is left with the averaged weights: the caller loads what it wants next.
         """
         pool.load(learner.publish(step, averaged=True))
+        gap, plain = (
+            self.algorithm.evaluation_plan(self.steps, orders) for orders in (self.gap_orders, 0)
+        )
+        return self.measure(pool, scorer, plain, "evaluation", gap)
+
+    def measure(
+        self,
+        pool: RolloutPool,
+        scorer: Scorer,
+        plan: Plan,
+        prefix: str,
+        gap_plan: Plan | None = None,
+    ) -> tuple[Metrics, list[Scored]]:
+        """Metrics ``<prefix>/<reward>/...`` and the scored samples, drawn by ``plan``.
+
+        ``gap_plan`` is that of the first ``gap_samples``.
+        """
         groups = groups_for(
             self.prompts, seed=self.seed, step=EVALUATION_STEP, count=self.samples, size=1
         )
         plans = [
-            self.algorithm.evaluation_plan(
-                self.steps, self.gap_orders if i < self.gap_samples else 0
-            )
+            gap_plan if gap_plan is not None and i < self.gap_samples else plan
             for i in range(len(groups))
         ]
         scored = scorer.score(pool.generate(groups, plans), held_out=True)
@@ -57,12 +79,12 @@ class Evaluation:
             values = np.concatenate([group.scores[name].values for group in scored])
             values = values[np.isfinite(values)]
             if len(values):
-                metrics[f"evaluation/{name}/mean"] = float(values.mean())
-                metrics[f"evaluation/{name}/std"] = float(values.std())
+                metrics[f"{prefix}/{name}/mean"] = float(values.mean())
+                metrics[f"{prefix}/{name}/std"] = float(values.std())
         described = scorer.describe([group.sample for group in scored])
-        metrics |= {f"evaluation/{name}": value for name, value in described.items()}
+        metrics |= {f"{prefix}/{name}": value for name, value in described.items()}
         samples = [group.sample for group in scored]
-        metrics |= length_metrics("evaluation", samples)
+        metrics |= length_metrics(prefix, samples)
         for name in sorted({name for sample in samples for name in sample.facts}):
             facts = np.concatenate([s.facts[name] for s in samples if name in s.facts])
             metrics[f"gap/{name}"] = float(facts.mean())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,11 +32,23 @@ class Item:
     epoch: int
 
 
-def share(items: Sequence[Item], ranks: int) -> list[list[Item]]:
+class Counted(Protocol):
+    """Anything that is dealt over ranks."""
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations that one pass takes."""
+        ...
+
+
+Dealt = TypeVar("Dealt", bound=Counted)
+
+
+def share(items: Sequence[Dealt], ranks: int) -> list[list[Dealt]]:
     """Items dealt round over ``ranks``, the same for every timing."""
     return [list(items[rank::ranks]) for rank in range(ranks)]
 
 
-def micro_steps(shares: Sequence[Sequence[Item]], size: int) -> int:
+def micro_steps(shares: Sequence[Sequence[Counted]], size: int) -> int:
     """Micro-batches that every rank runs: those of the rank with the most evaluations."""
     return max(-(-sum(item.evaluations for item in part) // size) for part in shares)

@@ -66,6 +66,9 @@ class FlowPlan:
         tail: cheaper steps after the last injection, or None for the grid's own.
         steps: another grid length than the sampler's, for evaluation by ODE.
         keep_final: the final states are replayed too (as data of a flow-matching loss).
+        renoise: a step goes to the prediction of x0 and from there to the next sigma with fresh noise
+            (a few-step student that was trained so), instead of along the ODE.
+        teacher: drawn from the teacher of a distillation, not from its student.
     """
 
     sde_indices: tuple[int, ...] = ()
@@ -75,6 +78,8 @@ class FlowPlan:
     tail: TailConfig | None = None
     steps: int | None = None
     keep_final: bool = False
+    renoise: bool = False
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,11 @@ def gradient_scale(sigma: float, dt: float, g: float) -> float:
 def ode_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One Euler step of the probability-flow ODE; ``x`` (B, ...), ``sigma`` (B,)."""
     return x - velocity * per_sample(sigma - sigma_next, x)
+
+
+def renoised(clean: Tensor, sigma: float, noise: Tensor) -> Tensor:
+    """The state at ``sigma`` whose prediction of x0 is ``clean`` and whose noise is ``noise``."""
+    return (1 - sigma) * clean + sigma * noise
 
 
 def sde_step(

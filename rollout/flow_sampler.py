@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rollout.draws import Group
 from rollout.flow import (
+    WAN_SIGMA_MAX,
     DiffusionConfig,
     FlowGrid,
     FlowPlan,
     dpmpp_2m_step,
     log_prob,
     ode_step,
+    renoised,
     sde_step,
     shifted_sigmas,
 )
@@ -32,6 +34,9 @@ class FlowSamplerConfig(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["flow"] = "flow"
     steps: int = Field(default=20, ge=2, le=1000, description="Steps of the grid.")
     shift: float = Field(default=3.0, gt=0, description="Timestep shift: 3 at 480p, 5 at 720p.")
+    sigma_max: float = Field(
+        default=WAN_SIGMA_MAX, gt=0, le=1, description="Start of the unshifted grid; Z-Image: 1."
+    )
     guidance_scale: float = Field(
         default=1.0, ge=0, description="Classifier-free guidance; 1 needs no unconditional branch."
     )
@@ -50,7 +55,7 @@ class FlowSamplerConfig(BaseModel, frozen=True, extra="forbid"):
 
     def grid(self) -> FlowGrid:
         """The grid with its diffusion coefficient."""
-        return FlowGrid(shifted_sigmas(self.steps, self.shift), self.diffusion)
+        return FlowGrid(shifted_sigmas(self.steps, self.shift, self.sigma_max), self.diffusion)
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,10 @@ class FlowSampler:
     ) -> list[tuple[float, float, int | None, str]]:
         sigmas = self.grid.sigmas
         if plan.steps is not None:
-            sigmas = shifted_sigmas(plan.steps, self.config.shift)
+            sigmas = shifted_sigmas(plan.steps, self.config.shift, self.config.sigma_max)
+        solver = "renoise" if plan.renoise else "euler"
         steps = [
-            (sigmas[i], sigmas[i + 1], i if i in sde else None, "euler")
+            (sigmas[i], sigmas[i + 1], i if i in sde else None, solver)
             for i in range(len(sigmas) - 1)
         ]
         if plan.tail is None or not sde:
@@ -201,11 +207,16 @@ class FlowSampler:
         if any(s[3] == "dpmpp_2m" for s in steps):
             stepped = self._second_order(tracks, steps, rows, x, velocity, stepped)
         offset = 0
-        for track, count, (_, _, index, _) in zip(tracks, counts, steps, strict=True):
+        for track, count, (_, after, index, solver) in zip(tracks, counts, steps, strict=True):
             span = slice(offset, offset + count)
             offset += count
             track.forwards += count * forwards_per_sample(self.config.guidance_scale)
-            if index is None:
+            if solver == "renoise":
+                clean = ode_step(
+                    x[span], velocity[span], sigma[span], torch.zeros_like(sigma[span])
+                )
+                track.x = renoised(clean, after, torch.stack(self._noise(track, phase)).to(x))
+            elif index is None:
                 track.x = stepped[span]
             else:
                 self._inject(track, index, x[span], velocity[span], sigma[span], sigma_next[span])

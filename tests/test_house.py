@@ -9,7 +9,7 @@ import pytest
 from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cluster", "recipes", "rl", "rollout", "rewards")
+PACKAGES = ("cluster", "recipes", "distill", "rl", "rollout", "rewards")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -118,9 +118,12 @@ class FlowPolicy(Policy):
 
     Attributes:
         latent_shape: (channels, frames, height, width) of one sample in the space of the flow.
+        blocks, width: number of the network's blocks, and of channels of their hidden states.
     """
 
     latent_shape: tuple[int, ...]
+    blocks: int
+    width: int
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -137,6 +140,12 @@ class FlowPolicy(Policy):
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The predicted ``eps - x0`` in fp32; ``x`` (B, C, F, H, W), ``t`` (B,) in [0, 1]."""
+
+    @abstractmethod
+    def features(
+        self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Hidden states (B, width, F', H', W') after the blocks ``layers`` of such a forward."""
 
     @abstractmethod
     def decode(self, x: Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +124,10 @@ class WanPolicy(FlowPolicy):
         super().__init__(module, adapted=config.lora is not None, reference=reference)
         self.latent_shape = tuple(self.conditions["latent_shape"])
         self._width: int = transformer.config["text_dim"]
+        self.blocks = len(transformer.blocks)
+        self.width = (
+            transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+        )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """One-hot conditions (B, words, width) of the vocabulary words found in each prompt."""
@@ -150,16 +154,65 @@ class WanPolicy(FlowPolicy):
             )
         return velocity[:batch].float()
 
+    def features(
+        self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """See ``FlowPolicy``; one place a patch."""
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            return lambda module, inputs, output: found.update({layer: output})
+
+        hooks = [
+            self.network.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)
+        ]
+        try:
+            self.velocity(x, t, condition)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sizes = zip(x.shape[2:], self.network.config["patch_size"], strict=True)
+        grid = [size // patch for size, patch in sizes]
+        tokens = [found[layer][: len(x)].float() for layer in layers]
+        return [hidden.transpose(1, 2).unflatten(2, grid) for hidden in tokens]
+
     def decode(self, x: Tensor) -> np.ndarray:
         """Pixels are the latents: [-1, 1] to uint8, channels last."""
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
 
-    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+    def save(
+        self, directory: Path, weights: Mapping[str, Tensor], name: str = "transformer"
+    ) -> None:
         """Adapter as ``pytorch_lora_weights.safetensors`` (diffusers' layout), or the whole."""
         directory.mkdir(parents=True, exist_ok=True)
-        save_transformer(self.module, weights, directory, self.config.lora is not None)
+        save_transformer(self.module, weights, directory, self.config.lora is not None, name)
         (directory / "conditions.json").write_text(json.dumps(self.conditions))
+
+    def save_pipeline(
+        self, directory: Path, sigma: float, boundary: float, networks: Sequence[str]
+    ) -> None:
+        """What makes saved ``networks`` a pipeline that stock ``WanPipeline`` loads.
+
+        Its scheduler steps at the sigmas (1, ``sigma``) when asked for two steps; the first network
+        serves sigmas from ``boundary`` up. A class-conditional model has no text encoder and no VAE:
+        ``from_pretrained(directory, tokenizer=None, text_encoder=None, vae=None)``, called with
+        ``prompt_embeds`` and ``output_type="latent"``.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=sigma)
+        parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+        two = len(networks) > 1
+        pipeline: Any = WanPipeline(
+            **parts,  # pyright: ignore[reportArgumentType]
+            scheduler=scheduler,
+            transformer=self.module,
+            transformer_2=self.module if two else None,
+            boundary_ratio=boundary if two else None,
+        )
+        pipeline.save_config(directory)
+        scheduler.save_pretrained(directory / "scheduler")
 
 
 def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, seed: int) -> Any:
@@ -175,9 +228,13 @@ def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, s
 
 
 def save_transformer(
-    transformer: Any, weights: Mapping[str, Tensor], directory: Path, adapter: bool
+    transformer: Any,
+    weights: Mapping[str, Tensor],
+    directory: Path,
+    adapter: bool,
+    name: str = "transformer",
 ) -> None:
-    """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them.
+    """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them, under ``name``.
 
     The values come from ``weights``, not from the module, whose parameters may be sharded.
     """
@@ -197,8 +254,8 @@ def save_transformer(
     from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
 
-    transformer.save_config(directory / "transformer")
-    save_file(values, directory / "transformer" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    transformer.save_config(directory / name)
+    save_file(values, directory / name / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
 def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], width: int) -> Tensor:

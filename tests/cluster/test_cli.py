@@ -71,7 +71,7 @@ sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
 def test_the_other_verbs(tmp_path: Path):
     assert "digits/flash_grpo" in rectify("recipes", cwd=tmp_path).stdout
     schema = json.loads(rectify("schema", cwd=tmp_path).stdout)
-    assert "extends" in schema["properties"]
+    assert "extends" in schema["$defs"]["Recipe"]["properties"]
     doctor = rectify("doctor", cwd=tmp_path)
     assert doctor.returncode == 0
     assert "deepspeed" in doctor.stdout and "tracker wandb" in doctor.stdout

@@ -12,7 +12,7 @@ import yaml
 
 from recipes.check import check, derived
 from recipes.errors import RecipeError
-from recipes.schema import Recipe
+from recipes.schema import KINDS, Recipe, recipe_type
 from recipes.source import PACKAGED, editor_schema, load, packaged
 
 DIGITS = PACKAGED / "digits" / "flash_grpo.yaml"
@@ -20,7 +20,7 @@ DIGITS = PACKAGED / "digits" / "flash_grpo.yaml"
 
 def refused(path: Path, *overrides: str, gpus: int = 0) -> str:
     with pytest.raises(RecipeError) as caught:
-        check(load(path, Recipe, overrides), gpus)
+        check(load(path, recipe_type, overrides), gpus)
     return str(caught.value)
 
 
@@ -32,7 +32,7 @@ def write(directory: Path, text: str, name: str = "mine.yaml") -> Path:
 
 @pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_are_valid_and_short(name: str):
-    loaded = load(Path(name), Recipe)
+    loaded = load(Path(name), recipe_type)
     gpus = 8 * 12
     check(loaded, gpus)
     assert derived(loaded.value)["samples per step"]
@@ -220,10 +220,14 @@ def test_two_hundred_malformed_documents(tmp_path: Path):
 
 
 def test_editor_schema_accepts_packaged_recipes_and_refuses_mistakes():
-    schema = editor_schema(Recipe)
+    schema = editor_schema(KINDS)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     document = yaml.safe_load(DIGITS.read_text().replace("1e-3", "0.001"))
     validator.validate(json.loads(json.dumps(document)))
     document["rollout"]["group_sizes"] = 3
     assert not validator.is_valid(document)
+    distillation = yaml.safe_load((DIGITS.parent / "two_step.yaml").read_text())
+    validator.validate(json.loads(json.dumps(distillation)))
+    distillation["rl"] = {"kind": "spg"}
+    assert not validator.is_valid(distillation)

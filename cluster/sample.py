@@ -1,0 +1,390 @@
+"""Samples of a checkpoint: ``open_checkpoint`` finds and loads, ``draw`` samples, ``write`` makes files.
+
+Draws are those of the pinned evaluation: groups of one at ``EVALUATION_STEP``, prompts in turn, cut into
+the jobs that a run cuts them into. The same command gives the same files; a run's checkpoint with the
+run's own seed and prompts gives the samples that were evaluated at that step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cluster import checkpoints
+from cluster.checkpoints import Checkpoint
+from cluster.jobs import partition
+from cluster.plots import sample_grid
+from cluster.trained import STATE_FILE
+from cluster.weights import WeightsMismatch, bind, pack
+from recipes.schema import GroupsConfig, Recipe
+from recipes.source import load
+from recipes.yaml_tree import read_tree
+from rl.catalogue import build_algorithm
+from rl.contracts import Plan
+from rollout.draws import EVALUATION_STEP, Prompt, groups_for
+from rollout.flow import FlowPlan
+from rollout.flow_sampler import FlowRollout, FlowSamplerConfig
+from rollout.masked import DecodePlan, MaskedRollout, MaskedSamplerConfig
+from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
+from rollout.policies.llada.policy import LladaConfig
+from rollout.policies.wan import WanConfig
+
+FRAMES_PER_SECOND = 8
+MP4_SIDE = 64  # pixels that the shorter side has at least: players refuse less
+
+Policy = FlowPolicy | MaskedDiffusionPolicy
+PolicyConfig = WanConfig | LladaConfig
+
+
+class SampleError(Exception):
+    """What cannot be sampled or written, where, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        policy: with the weights that are sampled; ``sampler`` of its kind.
+        plan: how a sample is drawn unless options say otherwise.
+        prompts: loads the prompts that are used where none are given.
+        seed: of the draws where none is given.
+        label: the checkpoint's directory; ``step``: after which it was written, where known.
+        home: where a directory of samples is made by default.
+    """
+
+    policy: Policy
+    sampler: Any
+    plan: Plan
+    prompts: Callable[[], Sequence[Prompt]]
+    seed: int
+    label: Path
+    step: int | None
+    home: Path
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples, a group of one each, with the plan and seed they were drawn by."""
+
+    source: Source
+    plan: Plan
+    seed: int
+    rollouts: list[FlowRollout | MaskedRollout]
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Source:
+    """Load a run's checkpoint (the newest valid one, or that of ``step``), or a policy directory.
+
+    Raises:
+        SampleError: nothing that can be sampled, or damaged.
+        RecipeError: the run's recipe is not valid.
+    """
+    place = path.resolve()
+    if (place / "recipe.yaml").is_file():
+        return _of_run(place, _checkpoint(place / "checkpoints", step))
+    if step is not None:
+        raise SampleError(f"{path} is no run directory: --step chooses among a run's checkpoints")
+    run = _run_around(place)
+    if run is not None and place.parent == run / "checkpoints":
+        return _of_run(run, _verified(place))
+    config = _policy_config(place)
+    if config is not None:
+        return _of_policy(place, config, run or place.parent)
+    raise SampleError(
+        f"{path} is no checkpoint: give a run directory, RUN/checkpoints/step_000040, or a whole model's "
+        "directory (Wan: transformer/config.json and conditions.json; LLaDA: config.json)"
+    )
+
+
+def _of_run(run: Path, found: Checkpoint) -> Source:
+    """Kinds of runs are told apart here, by the top-level keys of their recipe."""
+    recipe = run / "recipe.yaml"
+    if "distill" in read_tree(recipe).data:
+        raise SampleError(f"{recipe}: runs that distill are not opened; give {found.path}/policy")
+    return _of_training(run, found, load(recipe, Recipe).value)
+
+
+def _of_training(run: Path, found: Checkpoint, recipe: Recipe) -> Source:
+    """The averaged weights, the rollout's sampler and the evaluation's plan and prompts."""
+    policy = _built(recipe.policy, recipe.workers.gpus > 0, recipe.seed, run / "recipe.yaml")
+    _bind_averaged(policy, found)
+    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+    return Source(
+        policy=policy,
+        sampler=recipe.rollout.build(policy),  # pyright: ignore[reportArgumentType]
+        plan=algorithm.evaluation_plan(recipe.evaluation.steps),
+        prompts=(recipe.evaluation.prompts or recipe.prompts).load,
+        seed=recipe.seed,
+        label=found.path,
+        step=found.step,
+        home=run,
+    )
+
+
+def _of_policy(path: Path, config: PolicyConfig, home: Path) -> Source:
+    """A model in its library's layout, with the default sampler of its kind."""
+    policy = _built(config, True, 0, path)
+    if isinstance(config, WanConfig):
+        sampler, plan = FlowSamplerConfig(), FlowPlan()
+    else:
+        sampler, plan = MaskedSamplerConfig(), DecodePlan(temperature=0.0, exact=True)
+    return Source(
+        policy=policy,
+        sampler=sampler.build(policy),  # pyright: ignore[reportArgumentType]
+        plan=plan,
+        prompts=lambda: _vocabulary_prompts(path),
+        seed=0,
+        label=path,
+        step=None,
+        home=home,
+    )
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run that a checkpoint, or the policy in one, lies in."""
+    for parent in path.parents[:3]:
+        if (parent / "recipe.yaml").is_file() and (parent / "checkpoints").is_dir():
+            return parent
+    return None
+
+
+def _checkpoint(root: Path, step: int | None) -> Checkpoint:
+    if step is not None:
+        path = root / f"step_{step:06d}"
+        if not path.is_dir():
+            there = ", ".join(sorted(p.name for p in root.glob("step_*"))) or "none"
+            raise SampleError(f"{root} has no checkpoint of step {step}; there are: {there}")
+        return _verified(path)
+    found = checkpoints.latest(root)
+    if found is None:
+        raise SampleError(f"{root} holds no valid checkpoint: continue the run, or give another")
+    return found
+
+
+def _verified(path: Path) -> Checkpoint:
+    problem = checkpoints.verify(path)
+    if problem is not None:
+        remedy = "give the run directory for its newest valid checkpoint"
+        raise SampleError(f"{path} is damaged: {problem}; {remedy}")
+    state = json.loads((path / checkpoints.STATE).read_text())
+    return Checkpoint(path, state.pop("step"), state)
+
+
+def _policy_config(path: Path) -> PolicyConfig | None:
+    """What a directory in a stock layout holds."""
+    if all((path / part).is_file() for part in ("transformer/config.json", "conditions.json")):
+        return WanConfig(checkpoint=str(path))
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SampleError(f"{file} cannot be read ({error}); copy the model again") from error
+    llada = isinstance(config, dict) and config.get("model_type") == "llada"
+    return LladaConfig(checkpoint=str(path)) if llada else None
+
+
+def _built(config: PolicyConfig, gpu: bool, seed: int, place: Path) -> Policy:
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    try:
+        return config.build(device, seed)
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise SampleError(f"{place}: its model cannot be loaded, restore it: {error}") from error
+
+
+def _bind_averaged(policy: Policy, found: Checkpoint) -> None:
+    """Put the averaged weights into the policy: the very parameters that train, proved as bound."""
+    file, suffix = found.path / STATE_FILE, ".ema"
+    try:
+        with safe_open(str(file), framework="np") as state:
+            names = [name for name in state.keys() if name.endswith(suffix)]  # noqa: SIM118
+            averaged = {name.removesuffix(suffix): state.get_tensor(name) for name in names}
+        bind(policy.trainable(), pack(averaged, found.step))
+    except (OSError, SafetensorError, WeightsMismatch) as error:
+        raise SampleError(f"{file}: {error}; was the run's recipe.yaml changed?") from error
+
+
+def _vocabulary_prompts(path: Path) -> list[Prompt]:
+    """A prompt for each combination of a Wan model's words."""
+    file = path / "conditions.json"
+    if not file.is_file():
+        raise SampleError(f"{path} has no prompts of its own; give --prompt TEXT")
+    texts = map(" ".join, itertools.product(*json.loads(file.read_text())["vocabulary"]))
+    return [Prompt(text, text, {}) for text in texts]
+
+
+def draw(
+    source: Source,
+    prompts: Sequence[str] = (),
+    *,
+    count: int = 16,
+    seed: int | None = None,
+    steps: int | None = None,
+    temperature: float | None = None,
+) -> Drawn:
+    """``count`` samples, prompts in turn.
+
+    Args:
+        prompts: texts; without any the source's own.
+        seed, steps: None: the source's.
+        temperature: of text; None: the source's, which is 0.
+
+    Raises:
+        SampleError: an option that does not fit the policy, or a prompt that it cannot take.
+    """
+    plan = _plan(source, steps, temperature)
+    used = seed if seed is not None else source.seed
+    try:
+        chosen = [Prompt(text, text, {}) for text in prompts] or source.prompts()
+        groups = groups_for(chosen, seed=used, step=EVALUATION_STEP, count=count, size=1)
+        source.policy.encode([group.prompt for group in groups[: len(chosen)]])
+    except ValueError as error:
+        raise SampleError(f"{source.label}: {error}; or give other prompts by --prompt") from error
+    rollouts: list[FlowRollout | MaskedRollout] = []
+    for job in partition(groups, source.sampler.config.batch_size):
+        rollouts += source.sampler.sample(groups[job], [plan] * len(groups[job]))
+    return Drawn(source, plan, used, rollouts)
+
+
+def _plan(source: Source, steps: int | None, temperature: float | None) -> Plan:
+    plan, config = source.plan, source.sampler.config
+    if steps is not None:
+        text = isinstance(config, MaskedSamplerConfig)
+        if text and (steps % config.blocks or steps > config.length):
+            limits = f"a multiple of {config.blocks} (its blocks), at most {config.length}"
+            raise SampleError(f"--steps {steps} does not fit the sampler: give {limits}")
+        plan = replace(plan, steps=steps)
+    if temperature is not None:
+        if not isinstance(plan, DecodePlan):
+            raise SampleError("--temperature is for text; leave it out for images and videos")
+        plan = replace(plan, temperature=temperature)
+    return plan
+
+
+def check_output(directory: Path | None, video: str) -> None:
+    """Refuse what could not be written, before anything is drawn.
+
+    Raises:
+        SampleError: ``directory`` holds something already, or a video writer is not installed.
+    """
+    if directory is not None and directory.is_dir() and any(directory.iterdir()):
+        raise SampleError(f"{directory} is not empty; give --out a new directory")
+    if directory is not None and directory.is_file():
+        raise SampleError(f"{directory} is a file; give --out a new directory")
+    if video == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise SampleError("--format mp4 is not installed: pip install imageio-ffmpeg, or take gif")
+
+
+def write(drawn: Drawn, directory: Path | None, video: Literal["gif", "mp4"] = "gif") -> Path:
+    """Write the samples and ``samples.json``; returns the directory.
+
+    Args:
+        directory: new or empty; None: ``samples``, or ``samples-2`` ... where that is taken.
+        video: what clips become.
+
+    Raises:
+        SampleError: the directory cannot be made or used.
+    """
+    check_output(directory, video)
+    directory = _new_directory(drawn.source.home, directory)
+    if isinstance(drawn.source.policy, MaskedDiffusionPolicy):
+        files = _write_texts(drawn, directory)
+    else:
+        files = _write_media(drawn, directory, video)
+    groups = [rollout.group for rollout in drawn.rollouts]
+    document = {
+        "checkpoint": str(drawn.source.label),
+        "step": drawn.source.step,
+        "seed": drawn.seed,
+        "sampler": _settings(drawn.source, drawn.plan),
+        "samples": [
+            {"prompt": group.prompt, "seed": group.seed, "file": file}
+            for group, file in zip(groups, files, strict=True)
+        ],
+    }
+    (directory / "samples.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return directory
+
+
+def _new_directory(home: Path, directory: Path | None) -> Path:
+    names = itertools.chain(["samples"], (f"samples-{number}" for number in itertools.count(2)))
+    path = directory or next(home / name for name in names if not (home / name).exists())
+    try:
+        path.mkdir(parents=True, exist_ok=directory is not None)
+    except OSError as error:
+        raise SampleError(f"{path} cannot be made: {error}; give --out another one") from error
+    return path
+
+
+def _settings(source: Source, plan: Plan) -> dict[str, Any]:
+    """The sampler's options as they were used."""
+    changed: dict[str, Any] = {"steps": plan.steps}
+    used = source.sampler.config.model_dump(mode="json", exclude=set(GroupsConfig.model_fields))
+    if isinstance(plan, DecodePlan):
+        changed["temperature"] = plan.temperature
+        used |= {"cache": "none", "threshold": None} if plan.exact else {}
+    return used | {name: value for name, value in changed.items() if value is not None}
+
+
+def _write_texts(drawn: Drawn, directory: Path) -> list[str]:
+    with (directory / "completions.jsonl").open("w", encoding="utf-8") as file:
+        for rollout in drawn.rollouts:
+            row = {"prompt": rollout.group.prompt, "completion": rollout.media[0]}
+            line = json.dumps(row | {"seed": rollout.group.seed}, ensure_ascii=False)
+            file.write(line + "\n")
+    return ["completions.jsonl"] * len(drawn.rollouts)
+
+
+def _write_media(drawn: Drawn, directory: Path, video: str) -> list[str]:
+    media = np.concatenate([np.asarray(rollout.media) for rollout in drawn.rollouts])
+    kind = "png" if media.shape[1] == 1 else video
+    prompts = [rollout.group.prompt for rollout in drawn.rollouts]
+    files = [f"{i:03d}_{_slug(prompt)}.{kind}" for i, prompt in enumerate(prompts)]
+    for name, frames in zip(files, media, strict=True):
+        (_write_mp4 if kind == "mp4" else _write_pictures)(directory / name, frames)
+    (directory / "grid.png").write_bytes(sample_grid(media))
+    return files
+
+
+def _slug(prompt: str) -> str:
+    """Words of a prompt as a part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "sample"
+
+
+def _write_pictures(path: Path, frames: np.ndarray) -> None:
+    """Frames uint8 (F, H, W, C) as they are: a PNG of one, or a GIF that repeats."""
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames]
+    if not rest:
+        first.save(path)
+        return
+    milliseconds = 1000 // FRAMES_PER_SECOND
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def _write_mp4(path: Path, frames: np.ndarray) -> None:
+    """Frames uint8 (F, H, W, C) as H.264, small ones enlarged by repeating pixels."""
+    import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+
+    scale = -(-MP4_SIDE // min(frames.shape[1:3]))
+    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    colored = np.ascontiguousarray(np.broadcast_to(large, (*large.shape[:3], 3)))
+    size = (large.shape[2], large.shape[1])
+    writer = imageio_ffmpeg.write_frames(str(path), size, fps=FRAMES_PER_SECOND, macro_block_size=2)
+    writer.send(None)
+    for frame in colored:
+        writer.send(frame)
+    writer.close()

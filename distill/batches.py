@@ -1,0 +1,78 @@
+"""From items to micro-batches: every rank the same number, padded with rows of weight 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.contracts import TeacherItem
+from distill.noise import gaussians
+from distill.store import StoredGroup
+from distill.two_step import TwoStepBatch
+from rollout.policies.base import FlowPolicy
+
+# A real sample (C, F, H, W) that fits a prompt's columns, drawn by a key.
+RealSamples = Callable[[Mapping[str, Any], int], Tensor]
+INITIAL = "initial"
+
+
+def two_step_batches(
+    policy: FlowPolicy,
+    items: Sequence[TeacherItem],
+    fetch: Callable[[Any], Any],
+    size: int,
+    count: int,
+    real: RealSamples | None,
+) -> Iterator[TwoStepBatch]:
+    """Exactly ``count`` micro-batches of ``size`` samples over ``items``.
+
+    Args:
+        policy: encodes the prompts. fetch: resolves an item's ``replay``.
+        real: draws the discriminator's real samples; None: they are the teacher's.
+    """
+    rows = [row for item in items for row in _rows(policy, item, fetch(item.replay), real)]
+    nothing = torch.zeros(policy.latent_shape)
+    padding = _Row(policy.encode_null(1)[0].cpu(), nothing, nothing, 0.0, 0)
+    for start in range(0, size * count, size):
+        part = rows[start : start + size]
+        part += [padding] * (size - len(part))
+        seeds = tuple(row.seed for row in part)
+        device = policy.device
+        yield TwoStepBatch(
+            condition=torch.stack([row.condition for row in part]).to(device),
+            z=gaussians(seeds, policy.latent_shape, INITIAL).to(device),
+            x0=torch.stack([row.x0 for row in part]).to(device),
+            real=torch.stack([row.real for row in part]).to(device),
+            weights=torch.tensor([row.weight for row in part], device=device),
+            seeds=seeds,
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sample."""
+
+    condition: Tensor
+    x0: Tensor
+    real: Tensor
+    weight: float
+    seed: int
+
+
+def _rows(
+    policy: FlowPolicy, item: TeacherItem, replay: Any, real: RealSamples | None
+) -> Iterator[_Row]:
+    prompt, columns = item.prompt, item.columns
+    if isinstance(replay, StoredGroup):
+        prompt, columns = replay.prompt, replay.columns
+    condition = policy.encode([str(prompt)])[0].cpu()
+    final = replay.x0 if isinstance(replay, StoredGroup) else replay.final
+    for x0, seed in zip(final, replay.seeds, strict=True):
+        sample = torch.from_numpy(np.array(x0))
+        drawn = sample if real is None else real(columns, int(seed))
+        yield _Row(condition, sample, drawn, item.weight, int(seed))

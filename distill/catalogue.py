@@ -1,0 +1,62 @@
+"""All distillation methods, and what is built for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.two_step import TwoStep, TwoStepConfig
+from rollout.draws import Group
+from rollout.flow import FlowPlan, shifted_sigmas
+from rollout.flow_sampler import FlowRollout, FlowSampler, FlowSamplerConfig
+from rollout.policies.base import FlowPolicy
+from rollout.policies.two_step import TwoStepPolicy
+from rollout.policies.wan import WanConfig
+
+DistillConfig = TwoStepConfig
+
+
+def student_sigmas(sampler: FlowSamplerConfig) -> tuple[float, ...]:
+    """The student's grid: two steps of the teacher's shift."""
+    return shifted_sigmas(2, sampler.shift, sampler.sigma_max)
+
+
+def build_teacher(policy: WanConfig, device: str) -> FlowPolicy:
+    """The teacher: frozen."""
+    teacher = policy.model_copy(update={"lora": None}).build(device)
+    teacher.module.requires_grad_(False)
+    return teacher
+
+
+def build_student(
+    config: DistillConfig, policy: WanConfig, sampler: FlowSamplerConfig, device: str, seed: int
+) -> FlowPolicy:
+    """The student, equal to its teacher before training."""
+    return TwoStepPolicy(policy, config.parameters, student_sigmas(sampler), device, seed)
+
+
+def build_method(
+    config: DistillConfig, sampler: FlowSamplerConfig, teacher: FlowPolicy, seed: int
+) -> TwoStep:
+    """The method on a rank."""
+    return TwoStep(config, student_sigmas(sampler), teacher, sampler.guidance_scale, seed)
+
+
+class PairSampler:
+    """Samples of a teacher or of its student, as a group's plan says."""
+
+    def __init__(self, config: FlowSamplerConfig, teacher: FlowPolicy, student: FlowPolicy) -> None:
+        self.teacher = FlowSampler(config, teacher)
+        # What a teacher needs guidance for, its student has learned.
+        self.student = FlowSampler(config.model_copy(update={"guidance_scale": 1.0}), student)
+
+    def sample(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> list[FlowRollout]:
+        """Rollouts of ``groups``, all of the teacher or all of the student."""
+        if len({plan.teacher for plan in plans}) > 1:
+            raise ValueError("a call is of the teacher or of the student, not of both")
+        sampler = self.teacher if plans[0].teacher else self.student
+        return sampler.sample(groups, plans)
+
+
+def teacher_plan(steps: int | None = None) -> FlowPlan:
+    """How the teacher is drawn: its ODE, final states kept."""
+    return FlowPlan(teacher=True, keep_final=True, steps=steps)

@@ -1,0 +1,66 @@
+"""Checks of a distillation recipe, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distill.catalogue import student_sigmas
+from distill.store import StoreError, TeacherStore
+from recipes.schema import DistillRecipe
+from rollout.policies.wan import EMBEDDED
+
+
+def distillation(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
+    """Combinations that cannot run: key and message."""
+    distill, policy, rollout = recipe.distill, recipe.policy, recipe.rollout
+    adapters = distill.parameters == "lora_per_step"
+    if adapters and policy.lora is None:
+        yield "policy.lora", "distill.parameters lora_per_step trains it; give rank and targets"
+    if policy.lora is not None and not adapters:
+        yield (
+            "distill.parameters",
+            f"{distill.parameters} trains whole networks; leave out policy.lora, or say lora_per_step",
+        )
+    if adapters and recipe.learner.zero_stage == 3:
+        yield "learner.zero_stage", "adapters of two steps share a frozen base; give 0, 1 or 2"
+    if not (distill.adversarial or distill.regression or distill.dmd):
+        yield "distill", "adversarial, regression and dmd are all 0: nothing trains the sample"
+    if distill.real == "data" and policy.checkpoint not in EMBEDDED:
+        yield (
+            "distill.real",
+            f"real data is known for {' and '.join(EMBEDDED)}; give real: teacher",
+        )
+    if rollout.batch_size < rollout.group_size:
+        yield (
+            "rollout.batch_size",
+            f"{rollout.batch_size} holds no group of rollout.group_size {rollout.group_size}",
+        )
+    if recipe.evaluation.gap is not None:
+        yield "evaluation.gap", "a flow has no variational gap; leave it out"
+    if recipe.evaluation.steps not in (None, 2):
+        yield "evaluation.steps", "the student takes 2 steps; leave it out"
+
+
+def stored_samples(recipe: DistillRecipe) -> Iterator[tuple[str, str]]:
+    """Whether the store is there and whole."""
+    if recipe.rollout.store is not None:
+        try:
+            TeacherStore.open(recipe.rollout.store)
+        except StoreError as error:
+            yield "rollout.store", str(error)
+
+
+def distilled(recipe: DistillRecipe) -> dict[str, str]:
+    """The numbers that a reader of the recipe wants to see, by name."""
+    rollout, distill = recipe.rollout, recipe.distill
+    samples = rollout.prompts_per_step * rollout.group_size
+    first, second, _ = student_sigmas(rollout)
+    critics = [f"{distill.discriminator.updates} of the heads"] if distill.adversarial else []
+    critics += [f"{distill.fake_score.updates} of the fake score"] if distill.dmd else []
+    return {
+        "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
+        "teacher": f"{rollout.steps} steps, guidance {rollout.guidance_scale:g}, "
+        + (f"from {rollout.store}" if rollout.store else "drawn while the learner trains"),
+        "student": f"2 steps, sigma {first:.4f} and {second:.4f}, {distill.parameters}",
+        "updates per student step": ", ".join(critics) or "none of a critic",
+    }
