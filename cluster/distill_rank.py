@@ -13,11 +13,10 @@ from torch import Tensor
 from cluster.rank import LearnerRank, join_tables
 from cluster.trained import Trained, build_engine, read_state, write_state
 from cluster.weights import Weights, pack, to_arrays
-from distill.batches import two_step_batches
 from distill.catalogue import build_method, build_student, build_teacher
 from distill.contracts import TeacherItem
-from distill.real_data import real_digits
 from distill.store import StoredReference
+from distill.two_step import TwoStepConfig
 from recipes.schema import DistillRecipe, OptimizerConfig, recipe_from_json
 from rl.contracts import Update
 
@@ -33,15 +32,13 @@ class DistillRank:
         self.student = build_student(
             recipe.distill, recipe.policy, recipe.rollout, device, recipe.seed
         )
-        self.method = build_method(recipe.distill, recipe.rollout, self.teacher, recipe.seed)
+        self.method: Any = build_method(recipe.distill, recipe.rollout, self.teacher, recipe.seed)
         modules = self.method.modules(
             self.student, lambda: recipe.policy.model_copy(update={"lora": None}).build(device)
         )
         self.networks = {
             name: self._trained(name, module, engine) for name, module in modules.items()
         }
-        moving = self.teacher.latent_shape[1] > 1
-        self.real = None if recipe.distill.real == "teacher" else real_digits(moving)
 
     def _trained(self, name: str, module: Any, engine: str) -> Trained:
         recipe = self.recipe
@@ -116,7 +113,7 @@ class DistillRank:
             return replay.read() if isinstance(replay, StoredReference) else replay
 
         size = self.recipe.learner.micro_batch
-        return two_step_batches(self.teacher, items, fetch, size, count, self.real)
+        return self.method.batches(items, fetch, size, count)
 
 
 def build_rank(
@@ -130,10 +127,9 @@ def build_rank(
 def optimizers(recipe: DistillRecipe) -> dict[str, tuple[OptimizerConfig, int]]:
     """The optimiser of every network, and its updates per training step."""
     distill = recipe.distill
-    critics = {
-        "heads": distill.discriminator,
-        "fake_score": distill.fake_score,
-    }
+    critics: dict[str, Any] = {}
+    if isinstance(distill, TwoStepConfig):
+        critics = {"heads": distill.discriminator, "fake_score": distill.fake_score}
     found = {
         name: (
             recipe.optimizer.model_copy(

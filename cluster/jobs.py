@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cluster.workers import Record
+from distill.compression import ConditionedItem
 from distill.contracts import TeacherItem
 from rewards.calling import Scores, check_failures
 from rewards.catalogue import RewardConfig
@@ -22,7 +23,7 @@ from rl.items import Item
 from rollout.draws import Group
 
 # What a learner rank takes: a record that holds a reference in ``replay``.
-AnyItem = Item | TeacherItem
+AnyItem = Item | TeacherItem | ConditionedItem
 
 
 def partition(groups: Sequence[Group], batch_size: int) -> list[slice]:

@@ -20,10 +20,11 @@ from cluster.report import write_report
 from cluster.reward_actors import RayScorer
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import RunDirectory, data_digest, describe, new_directory
-from cluster.teacher_store import teacher_source
+from cluster.teacher_store import source_of
 from cluster.tracking import MetricsFile, open_trackers
 from distill.catalogue import teacher_plan
 from distill.train import Distiller
+from distill.two_step import TwoStepConfig
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from rl.catalogue import build_algorithm
 from rl.contracts import RolloutPool, Scorer
@@ -189,6 +190,7 @@ def build_distiller(
 ) -> Distiller:
     """The loop of a distillation over its parts."""
     rollout, evaluation = recipe.rollout, recipe.evaluation
+    two_step = isinstance(recipe.distill, TwoStepConfig)
     prompts = recipe.prompts.load()
     held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
     schedule = Schedule(
@@ -201,11 +203,18 @@ def build_distiller(
         weights={},
         dtype=recipe.policy.dtype,
     )
+    source = source_of(recipe, pool, schedule)
+    if directory.restored:
+        source.restore(directory.restored)
+    directory.extra = source.state
+    teachers = {"teacher": teacher_plan()}
+    if two_step:
+        teachers["teacher_2_steps"] = teacher_plan(2)
     return Distiller(
         schedule=schedule,
         student=recipe.distill.evaluation_plan(evaluation.steps),
-        teachers={"teacher": teacher_plan(), "teacher_2_steps": teacher_plan(2)},
-        teacher=teacher_source(recipe, pool, schedule),
+        teachers=teachers,
+        teacher=source,
         pool=pool,
         scorer=scorer,
         learner=learner,
@@ -218,6 +227,7 @@ def build_distiller(
         ),
         run=directory,
         step=step,
+        checked=two_step,
         fetch=_fetch,
     )
 

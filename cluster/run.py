@@ -40,6 +40,7 @@ class RunDirectory:
     Attributes:
         path: the run directory. ``attempt``: how many processes have worked on it.
         costs: totals since step 0, kept in every checkpoint.
+        extra: what else a checkpoint keeps of the loop; ``restored``: what it kept.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class RunDirectory:
         self.best: tuple[float, int] | None = None
         self.save: Callable[[Path], None] | None = None
         self.last_saved = -1
+        self.extra: Callable[[], dict[str, Any]] = dict
+        self.restored: dict[str, Any] = {}
         self._stop = False
 
     def resume_from(self, checkpoint: Checkpoint | None) -> None:
@@ -64,6 +67,7 @@ class RunDirectory:
         state = checkpoint.state if checkpoint else {}
         self.metrics.truncate(checkpoint.step if checkpoint else -1)
         self.costs = dict(state.get("costs", {}))
+        self.restored = dict(state.get("extra", {}))
         self.best = tuple(state["best"]) if state.get("best") else None
         self.last_saved = checkpoint.step if checkpoint else -1
 
@@ -110,7 +114,8 @@ class RunDirectory:
         assert self.save is not None
         started = time.perf_counter()
         root = self.path / "checkpoints"
-        checkpoints.write(root, step, self.save, {"costs": self.costs, "best": self.best})
+        state = {"costs": self.costs, "best": self.best, "extra": self.extra()}
+        checkpoints.write(root, step, self.save, state)
         checkpoints.prune(root, self.recipe.checkpoints.keep_last, self.best and self.best[1])
         self.last_saved = step
         self.metrics.sync()

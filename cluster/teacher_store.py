@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,27 @@ from cluster.progress import Progress
 from cluster.ray_cluster import connected
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import data_digest
-from distill.catalogue import teacher_plan
+from distill.catalogue import build_teacher, teacher_plan
+from distill.compression import CompressionConfig, Conditions
 from distill.store import StoredGroup, StoreMismatch, TeacherStore
-from distill.teacher import StoredTeacher, StreamedTeacher, TeacherSource, draws_of
+from distill.teacher import Source, StoredTeacher, StreamedTeacher, draws_of
 from recipes.schema import DistillRecipe
 from rl.contracts import RolloutPool, Sampled
 from rl.train import Schedule
 
 
-def teacher_source(recipe: DistillRecipe, pool: RolloutPool, schedule: Schedule) -> TeacherSource:
-    """Where a run's teacher samples come from.
+def source_of(recipe: DistillRecipe, pool: RolloutPool, schedule: Schedule) -> Source:
+    """Where a run's items come from.
 
     Raises:
         StoreError: the store is not complete, or holds other samples than the recipe's teacher makes.
     """
     rollout = recipe.rollout
+    if isinstance(recipe.distill, CompressionConfig):
+        batch = rollout.prompts_per_step * rollout.group_size
+        return Conditions(
+            recipe.distill, recipe.prompts.load(), recipe.seed, batch, condition_embeddings(recipe)
+        )
     if rollout.store is not None:
         store = TeacherStore.open(rollout.store)
         check_identity(store, recipe)
@@ -44,6 +50,15 @@ def teacher_source(recipe: DistillRecipe, pool: RolloutPool, schedule: Schedule)
         return min((step // every + 1) * every, schedule.steps)
 
     return StreamedTeacher(pool, teacher_plan(), groups, until)
+
+
+def condition_embeddings(recipe: DistillRecipe) -> Callable[[Sequence[str]], np.ndarray]:
+    """What k-means groups: the teacher's own conditions, flat."""
+
+    def embeddings(prompts: Sequence[str]) -> np.ndarray:
+        return build_teacher(recipe.policy, "cpu").encode(prompts).flatten(1).numpy()
+
+    return embeddings
 
 
 def identity(recipe: DistillRecipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,29 @@ from torch import Tensor
 
 from distill.contracts import TeacherItem
 from distill.noise import gaussians
+from distill.real_data import RealSamples
 from distill.store import StoredGroup
-from distill.two_step import TwoStepBatch
 from rollout.policies.base import FlowPolicy
 
-# A real sample (C, F, H, W) that fits a prompt's columns, drawn by a key.
-RealSamples = Callable[[Mapping[str, Any], int], Tensor]
 INITIAL = "initial"
+
+
+@dataclass(frozen=True)
+class TwoStepBatch:
+    """A micro-batch of teacher samples, padded with rows of weight 0.
+
+    Attributes:
+        condition: (n, tokens, width); ``z``, ``x0``, ``real``: (n, C, F, H, W), the start noise, the
+            teacher's sample from it, and the discriminator's real sample.
+        weights: (n,), shares in the loss. ``seeds``: of the draws.
+    """
+
+    condition: Tensor
+    z: Tensor
+    x0: Tensor
+    real: Tensor
+    weights: Tensor
+    seeds: tuple[int, ...]
 
 
 def two_step_batches(

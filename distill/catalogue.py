@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from pydantic import Field
+
+from distill.compression import Compression, CompressionConfig, prune
+from distill.real_data import real_digits
 from distill.two_step import TwoStep, TwoStepConfig
 from rollout.draws import Group
 from rollout.flow import FlowPlan, shifted_sigmas
@@ -12,7 +17,8 @@ from rollout.policies.base import FlowPolicy
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
 
-DistillConfig = TwoStepConfig
+DistillConfig = Annotated[TwoStepConfig | CompressionConfig, Field(discriminator="kind")]
+Method = TwoStep | Compression
 
 
 def student_sigmas(sampler: FlowSamplerConfig) -> tuple[float, ...]:
@@ -30,15 +36,21 @@ def build_teacher(policy: WanConfig, device: str) -> FlowPolicy:
 def build_student(
     config: DistillConfig, policy: WanConfig, sampler: FlowSamplerConfig, device: str, seed: int
 ) -> FlowPolicy:
-    """The student, equal to its teacher before training."""
+    """The student before training: its teacher, or part of it."""
+    if isinstance(config, CompressionConfig):
+        return prune(policy.model_copy(update={"lora": None}).build(device), config.layers)
     return TwoStepPolicy(policy, config.parameters, student_sigmas(sampler), device, seed)
 
 
 def build_method(
     config: DistillConfig, sampler: FlowSamplerConfig, teacher: FlowPolicy, seed: int
-) -> TwoStep:
+) -> Method:
     """The method on a rank."""
-    return TwoStep(config, student_sigmas(sampler), teacher, sampler.guidance_scale, seed)
+    real = real_digits(moving=teacher.latent_shape[1] > 1)
+    if isinstance(config, CompressionConfig):
+        return Compression(config, teacher, real)
+    own = None if config.real == "teacher" else real
+    return TwoStep(config, student_sigmas(sampler), teacher, sampler.guidance_scale, seed, own)
 
 
 class PairSampler:
@@ -46,7 +58,7 @@ class PairSampler:
 
     def __init__(self, config: FlowSamplerConfig, teacher: FlowPolicy, student: FlowPolicy) -> None:
         self.teacher = FlowSampler(config, teacher)
-        # What a teacher needs guidance for, its student has learned.
+        # What a teacher needs guidance for, its student learns.
         self.student = FlowSampler(config.model_copy(update={"guidance_scale": 1.0}), student)
 
     def sample(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> list[FlowRollout]:

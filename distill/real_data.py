@@ -12,8 +12,11 @@ from rollout.draws import keyed_generator
 from rollout.policies.digits import moving_digits, training_digits
 from rollout.prompts import DIRECTIONS
 
+# A real sample (C, F, H, W) that fits a prompt's columns, drawn by a key.
+RealSamples = Callable[[Mapping[str, Any], int], Tensor]
 
-def real_digits(moving: bool) -> Callable[[Mapping[str, Any], int], Tensor]:
+
+def real_digits(moving: bool) -> RealSamples:
     """Draws a real digit (1, F, 8, 8) of a prompt's columns ``digit`` (and ``direction``), by key."""
     images, labels = training_digits()
     torch_images = torch.from_numpy(images)

@@ -6,14 +6,15 @@ Either way they are a function of (seed, step), and no more than a few are in me
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from distill.contracts import TeacherItem
 from distill.store import TeacherStore
-from rl.contracts import RolloutPool, Sampled
+from rl.contracts import Metrics, RolloutPool, Sampled
 from rollout.draws import Group, Prompt, groups_for, keyed_generator
 from rollout.flow import FlowPlan
 
@@ -21,15 +22,42 @@ from rollout.flow import FlowPlan
 Spent = tuple[int, float]
 
 
-class TeacherSource(Protocol):
-    """Gives the teacher samples of steps, in order."""
+class Source(Protocol):
+    """Gives the items of steps, in order."""
 
-    def take(self, step: int) -> tuple[list[TeacherItem], Spent]:
+    def take(self, step: int) -> tuple[list[Any], Spent]:
         """The items of ``step``, and what drawing them took."""
         ...
 
+    def observe(self, columns: Mapping[str, np.ndarray]) -> Metrics:
+        """Learn from the table of the step that was taken last; what there is to tell."""
+        ...
 
-class StreamedTeacher:
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside (seed, step)."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``."""
+        ...
+
+
+class Stateless:
+    """A source that is a function of (seed, step)."""
+
+    def observe(self, columns: Mapping[str, np.ndarray]) -> Metrics:
+        """Nothing to learn."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class StreamedTeacher(Stateless):
     """Workers draw while the learner trains.
 
     A pool has so many jobs in flight as its workers can queue, which bounds both the memory and how
@@ -50,7 +78,7 @@ class StreamedTeacher:
         self._end = 0
 
     def take(self, step: int) -> tuple[list[TeacherItem], Spent]:
-        """See ``TeacherSource``. A group that its data made impossible is missing."""
+        """See ``Source``. A group that its data made impossible is missing."""
         wanted = len(self._groups(step))
         if step >= self._end:
             self._end = self._until(step)
@@ -74,14 +102,14 @@ class StreamedTeacher:
         return items, spent
 
 
-class StoredTeacher:
+class StoredTeacher(Stateless):
     """Groups of a store, through keyed permutations of it, one an epoch."""
 
     def __init__(self, store: TeacherStore, seed: int, count: int) -> None:
         self._store, self._seed, self._count = store, seed, count
 
     def take(self, step: int) -> tuple[list[TeacherItem], Spent]:
-        """See ``TeacherSource``. Ranks read the samples themselves."""
+        """See ``Source``. Ranks read the samples themselves."""
         size = len(self._store)
         places: list[int] = []
         for slot in range(self._count):

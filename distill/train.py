@@ -21,7 +21,7 @@ import numpy as np
 from distill.contracts import TeacherItem
 from distill.diagnostics import mismatch, statistics_drift
 from distill.metrics import distill_metrics
-from distill.teacher import TeacherSource
+from distill.teacher import Source
 from rl.contracts import Metrics, RolloutPool, Run, Sampled, Scored, Scorer, Update
 from rl.evaluate import Evaluation
 from rl.train import Schedule
@@ -40,7 +40,7 @@ class MismatchError(RuntimeError):
 class Learner(Protocol):
     """The ranks that train."""
 
-    def update(self, steps: Sequence[Sequence[TeacherItem]]) -> Update:
+    def update(self, steps: Sequence[Sequence[Any]]) -> Update:
         """The updates of each training step."""
         ...
 
@@ -59,25 +59,27 @@ class Distiller:
 
     Attributes:
         student: how the student is drawn. ``teachers``: evaluated at the start, by name.
+        checked: the training forward draws samples, which are compared with the sampler's first.
         fetch: opens a reference to media or samples.
     """
 
     schedule: Schedule
     student: FlowPlan
     teachers: Mapping[str, FlowPlan]
-    teacher: TeacherSource
+    teacher: Source
     pool: RolloutPool
     scorer: Scorer
     learner: Learner
     evaluation: Evaluation
     run: Run
     step: int
+    checked: bool
     fetch: Callable[[Any], Any]
 
     def train(self) -> None:
         """Train to the last step, or to the end of the one in which the user interrupts."""
         self.pool.load(self.learner.publish(self.step))
-        metrics = self._check_forward()
+        metrics = self._check_forward() if self.checked else {}
         if self.step == 0:
             for name, plan in self.teachers.items():
                 metrics |= self.evaluation.measure(self.pool, self.scorer, plan, name)[0]
@@ -105,10 +107,11 @@ class Distiller:
             ):
                 self.run.checkpoint(self.step)
 
-    def _update(self, items: list[TeacherItem]) -> Metrics:
+    def _update(self, items: list[Any]) -> Metrics:
         update = self.learner.update([items])
         return {
             **distill_metrics(update.table),
+            **self.teacher.observe(update.table),
             "grad_norm": sum(update.grad_norms) / len(update.grad_norms),
             "work/learner_forwards": float(update.forwards),
             "work/backwards": float(update.backwards),

@@ -22,15 +22,15 @@ LADD (arXiv 2403.12015), ``regression`` alone is trajectory regression.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from distill.contracts import Network, Table
+from distill.batches import TwoStepBatch, two_step_batches
+from distill.contracts import Network, Table, TeacherItem
 from distill.discriminator import (
     DiscriminatorConfig,
     Heads,
@@ -41,6 +41,7 @@ from distill.discriminator import (
 )
 from distill.networks import HeadsModule, StudentModule, VelocityModule
 from distill.noise import gaussians, logit_normals, uniforms
+from distill.real_data import RealSamples
 from rollout.flow import FlowPlan, per_sample
 from rollout.policies.base import FlowPolicy
 from rollout.policies.two_step import Parameters
@@ -103,24 +104,6 @@ class TwoStepConfig(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-@dataclass(frozen=True)
-class TwoStepBatch:
-    """A micro-batch of teacher samples, padded with rows of weight 0.
-
-    Attributes:
-        condition: (n, tokens, width); ``z``, ``x0``, ``real``: (n, C, F, H, W), the start noise, the
-            teacher's sample from it, and the discriminator's real sample.
-        weights: (n,), shares in the loss. ``seeds``: of the draws.
-    """
-
-    condition: Tensor
-    z: Tensor
-    x0: Tensor
-    real: Tensor
-    weights: Tensor
-    seeds: tuple[int, ...]
-
-
 Key = tuple[int | str, ...]
 Losses = Callable[[TwoStepBatch], tuple[Tensor, Table]]
 
@@ -133,6 +116,7 @@ class TwoStep:
         teacher: frozen; its features feed the heads, its velocity is DMD's real score.
         guidance_scale: the teacher's.
         seed: keys all noise.
+        real: draws the discriminator's real samples; None: they are the teacher's.
     """
 
     def __init__(
@@ -142,9 +126,10 @@ class TwoStep:
         teacher: FlowPolicy,
         guidance_scale: float,
         seed: int,
+        real: RealSamples | None = None,
     ) -> None:
         self.config, self.sigmas, self.teacher = config, tuple(sigmas), teacher
-        self.guidance_scale, self.seed = guidance_scale, seed
+        self.guidance_scale, self.seed, self.real = guidance_scale, seed, real
         self.layers = layers_at(config.discriminator.depths, teacher.blocks)
 
     @property
@@ -169,6 +154,16 @@ class TwoStep:
         if config.dmd:
             modules["fake_score"] = VelocityModule(copy_of_teacher())
         return modules
+
+    def batches(
+        self,
+        items: Sequence[TeacherItem],
+        fetch: Callable[[Any], Any],
+        size: int,
+        count: int,
+    ) -> Iterator[TwoStepBatch]:
+        """Exactly ``count`` micro-batches."""
+        return two_step_batches(self.teacher, items, fetch, size, count, self.real)
 
     def evaluations(self, step: int) -> tuple[int, int]:
         """Network evaluations and backward passes a sample takes in ``step``; heads count as none."""
