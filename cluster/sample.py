@@ -26,9 +26,9 @@ from cluster.jobs import partition
 from cluster.plots import sample_grid
 from cluster.trained import STATE_FILE
 from cluster.weights import WeightsMismatch, bind, pack
-from recipes.schema import GroupsConfig, Recipe
+from cluster.workers import sampler_of
+from recipes.schema import DistillRecipe, GroupsConfig, recipe_type
 from recipes.source import load
-from recipes.yaml_tree import read_tree
 from rl.catalogue import build_algorithm
 from rl.contracts import Plan
 from rollout.draws import EVALUATION_STEP, Prompt, groups_for
@@ -37,11 +37,13 @@ from rollout.flow_sampler import FlowRollout, FlowSamplerConfig
 from rollout.masked import DecodePlan, MaskedRollout, MaskedSamplerConfig
 from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
 from rollout.policies.llada.policy import LladaConfig
+from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
 
 FRAMES_PER_SECOND = 8
 MP4_SIDE = 64  # pixels that the shorter side has at least: players refuse less
 
+STUDENT = "student:"  # of a distillation's networks, the one that is sampled
 Policy = FlowPolicy | MaskedDiffusionPolicy
 PolicyConfig = WanConfig | LladaConfig
 
@@ -108,22 +110,20 @@ def open_checkpoint(path: Path, step: int | None = None) -> Source:
 
 
 def _of_run(run: Path, found: Checkpoint) -> Source:
-    """Kinds of runs are told apart here, by the top-level keys of their recipe."""
-    recipe = run / "recipe.yaml"
-    if "distill" in read_tree(recipe).data:
-        raise SampleError(f"{recipe}: runs that distill are not opened; give {found.path}/policy")
-    return _of_training(run, found, load(recipe, Recipe).value)
-
-
-def _of_training(run: Path, found: Checkpoint, recipe: Recipe) -> Source:
     """The averaged weights, the rollout's sampler and the evaluation's plan and prompts."""
-    policy = _built(recipe.policy, recipe.workers.gpus > 0, recipe.seed, run / "recipe.yaml")
-    _bind_averaged(policy, found)
-    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+    recipe = load(run / "recipe.yaml", recipe_type).value
+    gpu, place = recipe.workers.gpus > 0, run / "recipe.yaml"
+    policy, sampler = _loaded(lambda device: sampler_of(recipe, device), gpu, place)
+    if isinstance(recipe, DistillRecipe):
+        plan, prefix = recipe.distill.evaluation_plan(recipe.evaluation.steps), STUDENT
+    else:
+        algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+        plan, prefix = algorithm.evaluation_plan(recipe.evaluation.steps), ""
+    _bind_averaged(policy, found, prefix)
     return Source(
         policy=policy,
-        sampler=recipe.rollout.build(policy),  # pyright: ignore[reportArgumentType]
-        plan=algorithm.evaluation_plan(recipe.evaluation.steps),
+        sampler=sampler,
+        plan=plan,
         prompts=(recipe.evaluation.prompts or recipe.prompts).load,
         seed=recipe.seed,
         label=found.path,
@@ -134,8 +134,14 @@ def _of_training(run: Path, found: Checkpoint, recipe: Recipe) -> Source:
 
 def _of_policy(path: Path, config: PolicyConfig, home: Path) -> Source:
     """A model in its library's layout, with the default sampler of its kind."""
-    policy = _built(config, True, 0, path)
-    if isinstance(config, WanConfig):
+    two_step = isinstance(config, WanConfig) and (path / "model_index.json").is_file()
+    build = (lambda device: TwoStepPolicy.load(path, device)) if two_step else config.build
+    policy: Any = _loaded(build, True, path)
+    if isinstance(policy, TwoStepPolicy):
+        shift = policy.sigmas[1] / (1 - policy.sigmas[1])  # of sigma(1/2) = shift / (1 + shift)
+        sampler = FlowSamplerConfig(steps=2, shift=shift, sigma_max=1.0)
+        plan = FlowPlan(renoise=policy.renoise)
+    elif isinstance(config, WanConfig):
         sampler, plan = FlowSamplerConfig(), FlowPlan()
     else:
         sampler, plan = MaskedSamplerConfig(), DecodePlan(temperature=0.0, exact=True)
@@ -192,25 +198,29 @@ def _policy_config(path: Path) -> PolicyConfig | None:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SampleError(f"{file} cannot be read ({error}); copy the model again") from error
-    llada = isinstance(config, dict) and config.get("model_type") == "llada"
-    return LladaConfig(checkpoint=str(path)) if llada else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return LladaConfig(checkpoint=str(path)) if kind == "llada" else None
 
 
-def _built(config: PolicyConfig, gpu: bool, seed: int, place: Path) -> Policy:
+def _loaded(build: Callable[[str], Any], gpu: bool, place: Path) -> Any:
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     try:
-        return config.build(device, seed)
+        return build(device)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise SampleError(f"{place}: its model cannot be loaded, restore it: {error}") from error
 
 
-def _bind_averaged(policy: Policy, found: Checkpoint) -> None:
-    """Put the averaged weights into the policy: the very parameters that train, proved as bound."""
+def _bind_averaged(policy: Policy, found: Checkpoint, prefix: str) -> None:
+    """Put the averaged weights into the policy: the very parameters that train, proved as bound.
+
+    ``prefix``: of their network, where a checkpoint holds several.
+    """
     file, suffix = found.path / STATE_FILE, ".ema"
     try:
         with safe_open(str(file), framework="np") as state:
-            names = [name for name in state.keys() if name.endswith(suffix)]  # noqa: SIM118
-            averaged = {name.removesuffix(suffix): state.get_tensor(name) for name in names}
+            found_names = [n for n in state.keys() if n.startswith(prefix) and n.endswith(suffix)]  # noqa: SIM118
+            names = {n.removeprefix(prefix).removesuffix(suffix): n for n in found_names}
+            averaged = {name: state.get_tensor(key) for name, key in names.items()}
         bind(policy.trainable(), pack(averaged, found.step))
     except (OSError, SafetensorError, WeightsMismatch) as error:
         raise SampleError(f"{file}: {error}; was the run's recipe.yaml changed?") from error

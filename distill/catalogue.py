@@ -39,7 +39,8 @@ def build_student(
     """The student before training: its teacher, or part of it."""
     if isinstance(config, CompressionConfig):
         return prune(policy.model_copy(update={"lora": None}).build(device), config.layers)
-    return TwoStepPolicy(policy, config.parameters, student_sigmas(sampler), device, seed)
+    sigmas, renoise = student_sigmas(sampler), config.noise == "fresh"
+    return TwoStepPolicy(policy, config.parameters, sigmas, device, seed, renoise)
 
 
 def build_method(
@@ -57,6 +58,7 @@ class PairSampler:
     """Samples of a teacher or of its student, as a group's plan says."""
 
     def __init__(self, config: FlowSamplerConfig, teacher: FlowPolicy, student: FlowPolicy) -> None:
+        self.config = config
         self.teacher = FlowSampler(config, teacher)
         # What a teacher needs guidance for, its student learns.
         self.student = FlowSampler(config.model_copy(update={"guidance_scale": 1.0}), student)

@@ -43,7 +43,7 @@ from distill.networks import HeadsModule, StudentModule, VelocityModule
 from distill.noise import gaussians, logit_normals, uniforms
 from distill.real_data import RealSamples
 from rollout.flow import FlowPlan, per_sample
-from rollout.policies.base import FlowPolicy
+from rollout.policies.base import FlowPolicy, forwards_per_sample
 from rollout.policies.two_step import Parameters
 
 # The range of noise levels that DMD2 and its fake score use.
@@ -175,7 +175,8 @@ class TwoStep:
             forwards += config.discriminator.updates * (2 + 3 * judged) + judged
             backwards += judged
         if config.dmd:
-            forwards += config.fake_score.updates * (2 + judged) + 2 * judged
+            scores = 1 + forwards_per_sample(self.guidance_scale)
+            forwards += config.fake_score.updates * (2 + judged) + scores * judged
             backwards += config.fake_score.updates * judged
         return forwards, backwards
 

@@ -9,16 +9,18 @@ transformers in one pipeline; so a student is sampled, trained and saved as that
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rollout.policies.base import FlowPolicy
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import RENOISING, WanConfig, WanPolicy
 
 Parameters = Literal["shared", "lora_per_step", "full_per_step"]
 # Names of the steps' networks, first step first; those of Wan2.2's pipeline.
@@ -30,7 +32,7 @@ class TwoStepPolicy(FlowPolicy):
 
     Attributes:
         steps: the policy of each step (one, where they share).
-        sigmas: (sigma_0, sigma_1, 0).
+        sigmas: (sigma_0, sigma_1, 0). renoise: it was trained with fresh noise between the steps.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TwoStepPolicy(FlowPolicy):
         sigmas: Sequence[float],
         device: str = "cpu",
         seed: int = 0,
+        renoise: bool = False,
     ) -> None:
         """``teacher.lora`` is what ``lora_per_step`` trains."""
         adapter = teacher.lora if parameters == "lora_per_step" else None
@@ -50,9 +53,32 @@ class TwoStepPolicy(FlowPolicy):
         modules = zip(NETWORKS, self.steps, strict=False)
         module = nn.ModuleDict({name: policy.module for name, policy in modules})
         super().__init__(module, adapted=adapter is not None, reference=False)
-        self.sigmas = tuple(sigmas)
+        self.sigmas, self.renoise = tuple(sigmas), renoise
         self.latent_shape = first.latent_shape
         self.blocks, self.width = first.blocks, first.width
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> TwoStepPolicy:
+        """A saved student (not of adapters), all of it trainable.
+
+        Raises:
+            ValueError: the directory holds no two-step student.
+        """
+        file = directory / "scheduler" / "scheduler_config.json"
+        scheduler = json.loads(file.read_text()) if file.is_file() else {}
+        if not scheduler.get("shift_terminal"):
+            raise ValueError(f"{directory} holds no two-step student: {file.name} names no sigma")
+        weights = directory / NETWORKS[1] / "diffusion_pytorch_model.safetensors"
+        policy = cls(
+            WanConfig(checkpoint=str(directory)),
+            "full_per_step" if weights.is_file() else "shared",
+            (1.0, scheduler["shift_terminal"], 0.0),
+            device,
+            renoise=scheduler["_class_name"] == RENOISING,
+        )
+        if weights.is_file():
+            policy.steps[1].module.load_state_dict(load_file(weights))
+        return policy
 
     @property
     def boundary(self) -> float:
@@ -103,7 +129,9 @@ class TwoStepPolicy(FlowPolicy):
         for name, policy in zip(self.module, self.steps, strict=True):
             policy.save(directory / name if self._adapted else directory, parts[name], name)
         if not self._adapted:
-            self.steps[0].save_pipeline(directory, self.sigmas[1], self.boundary, list(self.module))
+            self.steps[0].save_pipeline(
+                directory, self.sigmas[1], self.boundary, list(self.module), self.renoise
+            )
 
 
 def _second(first: WanPolicy) -> WanPolicy:

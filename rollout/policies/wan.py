@@ -26,18 +26,43 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 EMBEDDED = ("digits", "moving-digits")
+# Architectures of published text-to-video pipelines, as their transformer/config.json has them.
+T2V: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": T2V
+    | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": T2V
+    | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
 # Below this batch size the CPU matrix kernels take another path and the last bits of a sample
 # depend on its company; rows are repeated up to it so that they don't.
 CPU_BATCH = 4
+# diffusers' schedulers of a few-step pipeline: along the ODE, or through fresh noise.
+STEPPING, RENOISING = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 
 
 class WanConfig(BaseModel, frozen=True, extra="forbid"):
-    """A Wan transformer: an embedded digit model or a directory in diffusers' layout."""
+    """A Wan transformer: an embedded digit model or a directory in diffusers' layout.
+
+    A published pipeline, by its hub id, is known by its sizes alone: it is planned, not yet run.
+    """
 
     kind: Literal["wan"] = "wan"
     checkpoint: str = Field(
         default="digits",
-        description="digits, moving-digits (embedded, trained once and cached), or a directory.",
+        description="digits, moving-digits (embedded, trained once and cached), or a directory; to "
+        "plan a run also a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
     )
     lora: LoraAdapter | None = Field(
         default=None, description="Train an adapter; without it all parameters train."
@@ -53,12 +78,18 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
         """Where the weights are, or for an embedded model will be after ``prepare``.
 
         Raises:
-            ValueError: a path that is not a transformer in the layout read here.
+            ValueError: a path that is not a transformer in the layout read here, or a published
+                pipeline.
         """
         if self.checkpoint in EMBEDDED:
             from rollout.policies.digits import cached_directory
 
             return cached_directory(self.checkpoint)
+        if self.published:
+            raise ValueError(
+                f"{self.checkpoint} cannot be run: the text encoder and VAE of published Wan "
+                "pipelines are not read yet; 'rectify validate --plan' knows its sizes"
+            )
         path = Path(self.checkpoint)
         for part in ("transformer/config.json", "conditions.json"):
             if not (path / part).is_file():
@@ -68,14 +99,32 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
                 )
         return path
 
-    def linear_names(self) -> list[str]:
-        """Names of the linear layers an adapter can go on, without building the network."""
+    @property
+    def published(self) -> bool:
+        """Whether ``checkpoint`` is a published pipeline's hub id and no directory here."""
+        return self.checkpoint in PUBLISHED and not Path(self.checkpoint).is_dir()
+
+    def sizes(self) -> dict[str, Any]:
+        """The keys of ``transformer/config.json``, without the weights.
+
+        Raises:
+            ValueError: the checkpoint is neither here nor known.
+        """
         if self.checkpoint in EMBEDDED:
             from rollout.policies.digits import TRANSFORMER
 
-            return wan_linear_names(TRANSFORMER["num_layers"])
-        config = json.loads((self.directory() / "transformer" / "config.json").read_text())
-        return wan_linear_names(config["num_layers"])
+            return TRANSFORMER
+        if self.published:
+            return PUBLISHED[self.checkpoint]
+        return json.loads((self.directory() / "transformer" / "config.json").read_text())
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear layers an adapter can go on, without building the network.
+
+        Raises:
+            ValueError: see ``sizes``.
+        """
+        return wan_linear_names(self.sizes()["num_layers"])
 
     def prepare(self) -> Path:
         """Make the weights available on this machine (trains an embedded model once)."""
@@ -190,21 +239,28 @@ class WanPolicy(FlowPolicy):
         (directory / "conditions.json").write_text(json.dumps(self.conditions))
 
     def save_pipeline(
-        self, directory: Path, sigma: float, boundary: float, networks: Sequence[str]
+        self,
+        directory: Path,
+        sigma: float,
+        boundary: float,
+        networks: Sequence[str],
+        renoise: bool,
     ) -> None:
         """What makes saved ``networks`` a pipeline that stock ``WanPipeline`` loads.
 
-        Its scheduler steps at the sigmas (1, ``sigma``) when asked for two steps; the first network
-        serves sigmas from ``boundary`` up. A class-conditional model has no text encoder and no VAE:
-        ``from_pretrained(directory, tokenizer=None, text_encoder=None, vae=None)``, called with
+        Its scheduler steps at the sigmas (1, ``sigma``) when asked for two steps, with ``renoise``
+        through fresh noise; the first network serves sigmas from ``boundary`` up. A
+        class-conditional model has no text encoder and no VAE: it is loaded by
+        ``from_pretrained(directory, tokenizer=None, text_encoder=None, vae=None)`` and called with
         ``prompt_embeds`` and ``output_type="latent"``.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+        import diffusers
 
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=sigma)
+        kind: Any = getattr(diffusers, RENOISING if renoise else STEPPING)
+        scheduler = kind(shift=1.0, shift_terminal=sigma)
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
         two = len(networks) > 1
-        pipeline: Any = WanPipeline(
+        pipeline: Any = diffusers.WanPipeline(
             **parts,  # pyright: ignore[reportArgumentType]
             scheduler=scheduler,
             transformer=self.module,

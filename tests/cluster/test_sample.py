@@ -22,7 +22,7 @@ from cluster.cli import app
 from cluster.launch import run_locally
 from cluster.run import describe
 from cluster.sample import SampleError, draw, open_checkpoint, write
-from recipes.schema import Recipe
+from recipes.schema import Recipe, recipe_type
 from recipes.source import load
 from rollout.masked import DecodePlan
 
@@ -300,8 +300,29 @@ def test_a_model_whose_weights_are_damaged_is_refused(video_policy: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_distillation_run_is_told_apart(digits: Path):
-    file = digits / "recipe.yaml"
-    file.write_text(file.read_text() + "distill: {kind: any}\n")
-    with pytest.raises(SampleError, match="runs that distill"):
-        open_checkpoint(digits)
+@pytest.mark.parametrize("noise", ["same", "fresh"])
+def test_a_students_samples_come_back_from_run_and_pipeline(tmp_path: Path, noise: str):
+    """Of a run the evaluation's own picture; of the saved pipeline alone the same samples."""
+    small = [
+        "steps=2", "distill.warmup_steps=1", f"distill.noise={noise}",
+        "rollout.prompts_per_step=4", "rollout.batch_size=16", "learner.micro_batch=8",
+        "evaluation={every: 2, samples: 20, rewards: []}", "optimizer.learning_rate=1e-3",
+    ]  # fmt: skip
+    recipe: Any = load(Path("digits/two_step"), recipe_type, small).value
+    run = finished(recipe, tmp_path / "run")
+    drawn = draw(open_checkpoint(run), count=20)
+    write(drawn, tmp_path / "of-run")
+    own = (run / "samples" / "step_000002" / "grid.png").read_bytes()
+    assert (tmp_path / "of-run" / "grid.png").read_bytes() == own
+    asked = [rollout.group.prompt for rollout in drawn.rollouts]
+    policy = open_checkpoint(run / "checkpoints" / "step_000002" / "policy")
+    again = draw(policy, asked, count=20, seed=recipe.seed)
+    for one, other in zip(drawn.rollouts, again.rollouts, strict=True):
+        assert one.forwards == other.forwards == 2
+        # Groups of other prompt ids have other seeds, hence other noise.
+        assert one.group.prompt == other.group.prompt
+    assert policy.policy.sigmas == pytest.approx((1.0, 0.75, 0.0))
+    assert policy.policy.renoise == (noise == "fresh")
+    state = load_file(run / "checkpoints" / "step_000002" / "optimizer.safetensors")
+    for name, parameter in policy.policy.trainable().items():
+        assert torch.equal(parameter, state[f"student:{name}.ema"]), name
