@@ -136,14 +136,16 @@ class DeepSpeedEngine:
         if self.stage == 0:
             parameter.copy_(value)
             return
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value)
         if self.stage < 3:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
             parameter.copy_(value)
             return
         import deepspeed
+        from deepspeed.utils import safe_set_local_fp32_param
 
+        safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
 
@@ -152,6 +154,21 @@ class DeepSpeedEngine:
             state = self._base_optimizer().state[parameter]
             state[key] = value.clone().to(parameter)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        value = value.to(parameter.device)
+        if self.stage < 3:
+            from deepspeed.utils import safe_set_full_optimizer_state
 
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+
+    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's partition of a whole tensor at stage 3, zeros behind its end.
+
+        DeepSpeed's ``safe_set_full_*`` fail there where the ranks do not divide the elements.
+        """
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value.flatten(), (0, size * self.ranks - value.numel()))
+        return padded.narrow(0, size * self.engine.global_rank, size)

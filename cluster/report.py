@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster import plots
-from cluster.run import widening
+from cluster.monitors import warnings
+from cluster.report_distill import distill_figures, svg
 from cluster.tracking import MetricsFile
 
 TIMESTEP_PANELS = {
@@ -46,7 +49,7 @@ def write_report(run: Path) -> Path:
         grids=_grids(run),
         texts=_texts(run),
         costs=_costs(train),
-        warnings=_warnings(train) + _drifting(evaluations),
+        warnings=_warnings(train) + warnings(evaluations, _watched(run)),
         recipe=(run / "recipe.yaml").read_text(),
         versions=_versions(run),
     )
@@ -74,28 +77,28 @@ def _figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]
     figures: list[tuple[str, str]] = []
     rewards = {k: k.split("/")[1] for row in train for k in row if _is(k, "reward/", "/mean")}
     for key, name in rewards.items():
-        figures.append((f"Training reward: {name}", _svg(plots.curves(train, {key: name}, name))))
+        figures.append((f"Training reward: {name}", svg(plots.curves(train, {key: name}, name))))
     held = {
         k: k.split("/")[1] for row in evaluations for k in row if _is(k, "evaluation/", "/mean")
     }
     for key, name in held.items():
         title = f"Evaluation: {name}" + ("" if name in rewards.values() else " (held out)")
-        figures.append((title, _svg(plots.curves(evaluations, {key: name}, name))))
+        figures.append((title, svg(plots.curves(evaluations, {key: name}, name))))
     distances = {k: k for row in evaluations for k in row if k.endswith("/frechet")}
     if distances:
         figures.append(
             (
                 "Fréchet distance to real data",
-                _svg(plots.curves(evaluations, distances, "distance")),
+                svg(plots.curves(evaluations, distances, "distance")),
             )
         )
-    figures += _text_figures(train, evaluations)
+    figures += _text_figures(train, evaluations) + distill_figures(train, evaluations)
     if any(key.startswith("timestep/") for row in train for key in row):
-        figures.append(("By timestep", _svg(plots.timesteps(train, TIMESTEP_PANELS))))
+        figures.append(("By timestep", svg(plots.timesteps(train, TIMESTEP_PANELS))))
     if train:
-        figures.append(("Seconds per step", _svg(plots.stacked(train, PHASES, "s"))))
-        figures.append(("Idle share of actors", _svg(plots.curves(train, IDLE, "share"))))
-        figures.append(("Gradient norm", _svg(plots.curves(train, {"grad_norm": "norm"}, "norm"))))
+        figures.append(("Seconds per step", svg(plots.stacked(train, PHASES, "s"))))
+        figures.append(("Idle share of actors", svg(plots.curves(train, IDLE, "share"))))
+        figures.append(("Gradient norm", svg(plots.curves(train, {"grad_norm": "norm"}, "norm"))))
     return figures
 
 
@@ -104,25 +107,21 @@ def _text_figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str,
     figures: list[tuple[str, str]] = []
     if any("gap/gap" in row for row in evaluations):
         gap = plots.curves(evaluations, {"gap/gap": "gap"}, "nats per sample")
-        figures.append(("Variational gap, log-likelihood minus bound", _svg(gap)))
+        figures.append(("Variational gap, log-likelihood minus bound", svg(gap)))
         both = {"gap/log_prob": "log-likelihood", "gap/elbo": "bound"}
-        figures.append(("Own samples", _svg(plots.curves(evaluations, both, "nats per sample"))))
+        figures.append(("Own samples", svg(plots.curves(evaluations, both, "nats per sample"))))
         cosine = plots.curves(evaluations, {"gap/cosine": "cosine"}, "cosine")
-        figures.append(("Gradient of the bound against the true one", _svg(cosine)))
+        figures.append(("Gradient of the bound against the true one", svg(cosine)))
     if any("rollout/length/mean" in row for row in train):
         lengths = {f"rollout/length/{name}": name for name in ("mean", "min", "max")}
-        figures.append(("Length of rollouts", _svg(plots.curves(train, lengths, "tokens"))))
+        figures.append(("Length of rollouts", svg(plots.curves(train, lengths, "tokens"))))
         ended = {"rollout/eos_rate": "share"}
-        figures.append(("Rollouts that end with EOS", _svg(plots.curves(train, ended, "share"))))
+        figures.append(("Rollouts that end with EOS", svg(plots.curves(train, ended, "share"))))
     return figures
 
 
 def _is(key: str, start: str, end: str) -> bool:
     return key.startswith(start) and key.endswith(end)
-
-
-def _svg(data: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
 
 
 def _grids(run: Path) -> list[tuple[str, str]]:
@@ -147,16 +146,6 @@ def _texts(run: Path) -> list[tuple[str, list[dict[str, Any]]]]:
             [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:SHOWN]],
         )
         for path in chosen
-    ]
-
-
-def _drifting(evaluations: plots.Rows) -> list[str]:
-    since = widening([row.get("gap/gap") for row in evaluations])
-    if not since:
-        return []
-    return [
-        f"the variational gap widened in the last {since} evaluations: the bound that is trained "
-        "says less and less about the policy (rl.dipod keeps it tight)"
     ]
 
 
@@ -197,6 +186,11 @@ def _warnings(train: plots.Rows) -> list[str]:
             f"sampler and learner drift before the first update: {inexact[0]['drift/ratio_p99']:.2g}"
         )
     return warnings
+
+
+def _watched(run: Path) -> str | None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    return recipe.get("checkpoints", {}).get("keep_best")
 
 
 def _versions(run: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import platform
@@ -20,6 +19,7 @@ import yaml
 
 from cluster import checkpoints
 from cluster.checkpoints import Checkpoint
+from cluster.monitors import learns_from_itself, recursion_metrics, warnings
 from cluster.plots import sample_grid
 from cluster.progress import Progress
 from cluster.tracking import MetricsFile, Tracker
@@ -30,7 +30,6 @@ from rollout.draws import Prompt
 logger = logging.getLogger(__name__)
 
 SHOWN_SAMPLES = 40
-WIDENING = 3
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy", "rectify")
 
 
@@ -81,6 +80,10 @@ class RunDirectory:
 
     def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
         """See ``rl.contracts.Run``."""
+        (self.path / "evaluation").mkdir(exist_ok=True)
+        if learns_from_itself(self.recipe):
+            media = [self.fetch(group.sample.media) for group in scored]
+            metrics |= recursion_metrics(self.path / "evaluation", media)
         self._add_costs(metrics)
         self._write("evaluation", step, metrics)
         document = {
@@ -100,10 +103,9 @@ class RunDirectory:
             ],
         }
         target = self.path / "evaluation" / f"step_{step:06d}.json"
-        target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(document))
         self._write_samples(step, scored[:SHOWN_SAMPLES])
-        self._warn_of_widening()
+        self._warn()
         self._note_best(step, metrics)
         self.progress.evaluation(step, metrics)
 
@@ -163,13 +165,11 @@ class RunDirectory:
         ]
         (directory / "completions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def _warn_of_widening(self) -> None:
+    def _warn(self) -> None:
         rows = [row for row in self.metrics.read() if row["kind"] == "evaluation"]
-        since = widening([row.get("gap/gap") for row in rows])
-        if since:
-            message = f"the variational gap has widened in {since} evaluations in a row"
+        for message in warnings(rows, self.recipe.checkpoints.keep_best):
             logger.warning(message)
-            self.progress.message(f"{message}: the policy drifts from its bound; see rl.dipod")
+            self.progress.message(message)
 
     def _write(self, kind: str, step: int, metrics: Metrics) -> None:
         self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
@@ -217,17 +217,6 @@ class RunDirectory:
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def widening(gaps: Sequence[float | None]) -> int:
-    """In how many last evaluations the gap grew each time; 0 below ``WIDENING`` of them."""
-    known = [gap for gap in gaps if gap is not None]
-    grown = 0
-    for before, after in itertools.pairwise(reversed(known)):
-        if before <= after:
-            break
-        grown += 1
-    return grown if grown >= WIDENING else 0
 
 
 def new_directory(recipe: AnyRecipe) -> Path:

@@ -15,8 +15,9 @@ from cluster.progress import Progress
 from cluster.ray_cluster import connected
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import data_digest
+from distill.allocation import AllocatedTeacher
 from distill.catalogue import build_teacher, teacher_plan
-from distill.compression import CompressionConfig, Conditions
+from distill.compression import CompressionConfig, Conditions, regions_of
 from distill.store import StoredGroup, StoreMismatch, TeacherStore
 from distill.teacher import Source, StoredTeacher, StreamedTeacher, draws_of
 from recipes.schema import DistillRecipe
@@ -43,6 +44,13 @@ def source_of(recipe: DistillRecipe, pool: RolloutPool, schedule: Schedule) -> S
     groups = draws_of(
         recipe.prompts.load(), recipe.seed, rollout.prompts_per_step, rollout.group_size
     )
+
+    if recipe.distill.regions is not None:
+        config, prompts = recipe.distill.regions, recipe.prompts.load()
+        masses = np.full(len(prompts), 1 / len(prompts))
+        regions = regions_of(config, prompts, masses, recipe.seed, condition_embeddings(recipe))
+        plan = teacher_plan()
+        return AllocatedTeacher(pool, plan, prompts, regions, config, groups, recipe.seed)
 
     def until(step: int) -> int:
         """The next step after which the pool evaluates."""

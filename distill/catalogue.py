@@ -22,8 +22,8 @@ Method = TwoStep | Compression
 
 
 def student_sigmas(sampler: FlowSamplerConfig) -> tuple[float, ...]:
-    """The student's grid: two steps of the teacher's shift."""
-    return shifted_sigmas(2, sampler.shift, sampler.sigma_max)
+    """The student's grid: from 1, two steps of the teacher's shift."""
+    return shifted_sigmas(2, sampler.shift, 1.0)
 
 
 def build_teacher(policy: WanConfig, device: str) -> FlowPolicy:
@@ -60,8 +60,11 @@ class PairSampler:
     def __init__(self, config: FlowSamplerConfig, teacher: FlowPolicy, student: FlowPolicy) -> None:
         self.config = config
         self.teacher = FlowSampler(config, teacher)
-        # What a teacher needs guidance for, its student learns.
-        self.student = FlowSampler(config.model_copy(update={"guidance_scale": 1.0}), student)
+        # What a teacher needs guidance for, its student learns; a two-step student starts at 1.
+        changed: dict[str, float] = {"guidance_scale": 1.0}
+        if isinstance(student, TwoStepPolicy):
+            changed["sigma_max"] = student.sigmas[0]
+        self.student = FlowSampler(config.model_copy(update=changed), student)
 
     def sample(self, groups: Sequence[Group], plans: Sequence[FlowPlan]) -> list[FlowRollout]:
         """Rollouts of ``groups``, all of the teacher or all of the student."""

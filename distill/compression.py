@@ -190,15 +190,14 @@ class Conditions:
         self.tracker = self.tracker.observe(*total)
         return self._metrics()
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"tracker": self.tracker.state()}
+        return {"tracker": self.tracker.state(), "regions": self.pool.to_json()}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``."""
-        tracker = state["tracker"]
-        assert isinstance(tracker, dict)
-        self.tracker = Tracker.from_state(tracker)
+        self.tracker = Tracker.from_state(state["tracker"])
+        self.pool = Regions.from_json(state["regions"])
 
     def _item(self, step: int, slot: int, choice: Choice, weights: np.ndarray) -> ConditionedItem:
         pair = int(choice.pair[slot])

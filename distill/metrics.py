@@ -10,14 +10,17 @@ from distill.diagnostics import discriminator_metrics
 from rl.contracts import Metrics
 
 JUDGED = ("final", "first")
+# Columns that say whose row it is, and those that not every row has.
+KEYS = ("seed", "slot")
+PARTIAL = ("denoising",)
 
 
 def distill_metrics(table: Mapping[str, np.ndarray]) -> Metrics:
     """Means of losses and errors, and how well the discriminator tells real from fake."""
     metrics: Metrics = {
-        name: float(column.mean())
+        name: float(np.nanmean(column) if name in PARTIAL else column.mean())
         for name, column in table.items()
-        if len(column) and not name.startswith("discriminator/")
+        if len(column) and name not in KEYS and not name.startswith("discriminator/")
     }
     for name in JUDGED:
         real = table.get(f"discriminator/{name}/real")

@@ -42,6 +42,7 @@ from distill.discriminator import (
 from distill.networks import HeadsModule, StudentModule, VelocityModule
 from distill.noise import gaussians, logit_normals, uniforms
 from distill.real_data import RealSamples
+from distill.regions import RegionsConfig
 from rollout.flow import FlowPlan, per_sample
 from rollout.policies.base import FlowPolicy, forwards_per_sample
 from rollout.policies.two_step import Parameters
@@ -89,6 +90,9 @@ class TwoStepConfig(BaseModel, frozen=True, extra="forbid"):
     step1: StepOneConfig = Field(default=StepOneConfig(), description="The loss on step 1.")
     warmup_steps: int = Field(
         default=50, ge=0, description="Steps of paired regression alone, before the rest begins."
+    )
+    regions: RegionsConfig | None = Field(
+        default=None, description="ARIA's allocation of conditions; null: all evenly."
     )
     discriminator: DiscriminatorConfig = Field(
         default=DiscriminatorConfig(), description="Heads on the teacher's features."
@@ -273,6 +277,7 @@ class TwoStep:
             y1, y2 = networks["student"](batch.z, self.second_noise(batch), batch.condition)
             leaves = {"first": y1.detach().requires_grad_(), "final": y2.detach().requires_grad_()}
             table: Table = {
+                "seed": torch.tensor(batch.seeds),
                 "error/first": mean_square(leaves["first"] - batch.x0).detach(),
                 "error/final": mean_square(leaves["final"] - batch.x0).detach(),
             }
@@ -385,6 +390,6 @@ def _optimise(
     for i, batch in enumerate(batches):
         values, table = losses(batch)
         network.backward((batch.weights * values).sum(), last=i == len(batches) - 1)
-        kept = batch.weights != 0
-        tables.append({name: column[kept] for name, column in table.items()})
+        kept = (batch.weights != 0).cpu()
+        tables.append({name: column.cpu()[kept] for name, column in table.items()})
     return network.step()

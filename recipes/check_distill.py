@@ -48,6 +48,11 @@ def _two_step(recipe: DistillRecipe, distill: TwoStepConfig) -> Iterator[tuple[s
             "distill.real",
             f"real data is known for {' and '.join(EMBEDDED)}; give real: teacher",
         )
+    if distill.regions is not None and recipe.rollout.store is not None:
+        yield (
+            "distill.regions",
+            "a store's conditions are fixed; leave out regions or rollout.store",
+        )
     if recipe.evaluation.steps not in (None, 2):
         yield "evaluation.steps", "the student takes 2 steps; leave it out"
 

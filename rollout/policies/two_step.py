@@ -47,6 +47,7 @@ class TwoStepPolicy(FlowPolicy):
         """``teacher.lora`` is what ``lora_per_step`` trains."""
         adapter = teacher.lora if parameters == "lora_per_step" else None
         first = teacher.model_copy(update={"lora": adapter}).build(device, seed)
+        first.whole_timesteps = False
         self.steps: list[WanPolicy] = [first]
         if parameters != "shared":
             self.steps.append(_second(first))

@@ -39,6 +39,7 @@ T2V: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+UNREAD = "the text encoder and VAE of published Wan pipelines are not read yet"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": T2V
     | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
@@ -86,10 +87,7 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
 
             return cached_directory(self.checkpoint)
         if self.published:
-            raise ValueError(
-                f"{self.checkpoint} cannot be run: the text encoder and VAE of published Wan "
-                "pipelines are not read yet; 'rectify validate --plan' knows its sizes"
-            )
+            raise ValueError(f"{self.checkpoint} can be planned, not run: {UNREAD}")
         path = Path(self.checkpoint)
         for part in ("transformer/config.json", "conditions.json"):
             if not (path / part).is_file():
@@ -159,7 +157,14 @@ def wan_linear_names(num_layers: int) -> list[str]:
 
 
 class WanPolicy(FlowPolicy):
-    """A class-conditional Wan transformer."""
+    """A class-conditional Wan transformer.
+
+    Attributes:
+        whole_timesteps: the network is fed ``floor(1000 t)``, as Wan's own pipeline and scheduler do;
+            else ``1000 t``, as that pipeline does with an Euler scheduler.
+    """
+
+    whole_timesteps = True
 
     def __init__(
         self, config: WanConfig, directory: Path, device: str, seed: int, reference: bool
@@ -188,7 +193,7 @@ class WanPolicy(FlowPolicy):
         return null_words(count, slots, self._width).to(self.device)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """See ``FlowPolicy``. The network is fed ``floor(1000 t)``, as Wan's own pipeline does."""
+        """See ``FlowPolicy``."""
         batch = len(x)
         if self.device.type == "cpu" and batch < CPU_BATCH:
             repeat = torch.arange(CPU_BATCH) % batch
@@ -197,7 +202,7 @@ class WanPolicy(FlowPolicy):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             (velocity,) = self.network(
                 hidden_states=x,
-                timestep=(t * 1000).floor(),
+                timestep=(t * 1000).floor() if self.whole_timesteps else t * 1000,
                 encoder_hidden_states=condition,
                 return_dict=False,
             )

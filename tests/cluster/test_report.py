@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from cluster.launch import run_locally
+from cluster.monitors import widening
 from cluster.plots import sample_grid
 from cluster.report import write_report
-from cluster.run import describe, widening
+from cluster.run import describe
 from cluster.tracking import MetricsFile, TensorBoardTracker
 
 
