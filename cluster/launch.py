@@ -260,7 +260,9 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
         raise ResumeError(f"{path} is no run directory: it has no recipe.yaml")
     begun = yaml.safe_load((path / "recipe.yaml").read_text())
     asked = recipe.model_dump(mode="json")
-    different = [key for key in asked if key not in FREE and asked[key] != begun.get(key)]
+    # A rate that falls to 0 at the last step is another one where that step is another.
+    free = [key for key in FREE if key != "steps" or recipe.optimizer.decay == "none"]
+    different = [key for key in asked if key not in free and asked[key] != begun.get(key)]
     if (path / "data.sha256").read_text().strip() != data_digest(recipe.prompts.load()):
         different.append("prompts (the data itself)")
     if different and not changed:
