@@ -98,6 +98,13 @@ def test_solved_needs_all_sixteen_cells():
     assert not solved(PUZZLE, SOLUTION, SOLUTION)
 
 
+def test_a_reward_can_ask_for_the_whole_solution():
+    texts = [f"<answer>{SOLUTION}</answer>", f"<answer>{SOLUTION[:15]}1</answer>", "none"]
+    columns: dict[str, Any] = {"puzzle": [PUZZLE] * 3, "solution": [SOLUTION] * 3}
+    assert SudokuReward().build()(["p"] * 3, texts, **columns) == [1.0, 0.875, 0.0]
+    assert SudokuReward(score="solved").build()(["p"] * 3, texts, **columns) == [1.0, 0.0, 0.0]
+
+
 def test_a_set_is_described_by_three_rates():
     reward = SudokuReward().build()
     assert isinstance(reward, SetMetric)
