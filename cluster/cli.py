@@ -39,7 +39,7 @@ def run(
     if recipe is None and resume is None:
         raise typer.BadParameter("give a RECIPE, or --resume RUN")
     source = recipe if recipe is not None else resume / "recipe.yaml"  # type: ignore[operator]
-    loaded = _checked(source, overrides)
+    loaded = _checked(source, overrides, running=True)
     from cluster.launch import ResumeError
     from cluster.launch import run as launch
     from cluster.learner_group import LearnerLost
@@ -67,7 +67,7 @@ def teacher(
     ] = None,
 ) -> None:
     """Draw a recipe's teacher samples into its store (rollout.store); goes on where it stopped."""
-    loaded = _checked(recipe, overrides, filling=True)
+    loaded = _checked(recipe, overrides, running=True, filling=True)
     from cluster.ray_cluster import ClusterError
     from cluster.teacher_store import fill
     from distill.store import StoreError
@@ -194,7 +194,9 @@ def main() -> None:
     app()
 
 
-def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> Loaded[AnyRecipe]:
+def _checked(
+    path: Path, overrides: list[str] | None, running: bool = False, filling: bool = False
+) -> Loaded[AnyRecipe]:
     from cluster.tracking import missing
     from recipes.check import check
     from recipes.schema import recipe_type
@@ -202,7 +204,7 @@ def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> 
 
     try:
         loaded = load(path, recipe_type, overrides or [])
-        check(loaded, gpu_count(), filling)
+        check(loaded, gpu_count(), filling, running)
         absent = {kind: remedy for kind in loaded.value.tracking if (remedy := missing(kind))}
         if absent:
             raise RecipeError(

@@ -22,14 +22,18 @@ from rollout.math_prompts import MathPrompts
 from rollout.policies.adapters import unmatched_targets
 from rollout.policies.base import forwards_per_sample
 from rollout.policies.llada.policy import LladaConfig
+from rollout.policies.wan import UNREAD, WanConfig
 
 
-def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
+def check(
+    loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False, running: bool = False
+) -> None:
     """Refuse combinations that cannot run.
 
     Args:
         loaded: the recipe. gpus: how many this machine has (a local cluster cannot have more).
         filling: a distillation's store need not be there yet.
+        running: it is about to be: a Wan known by its sizes alone is refused too.
 
     Raises:
         RecipeError: with all of them.
@@ -39,7 +43,7 @@ def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
         loaded.problem(key, message)
         for group in (
             *_own(recipe, filling),
-            _policy(recipe),
+            _policy(recipe, running),
             _rewards(recipe),
             _resources(recipe, gpus),
         )
@@ -172,9 +176,11 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _policy(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
     try:
         names = recipe.policy.linear_names()
+        if running and isinstance(recipe.policy, WanConfig):
+            recipe.policy.directory()
     except (ValueError, KeyError) as error:
         yield "policy.checkpoint", str(error)
         return
@@ -264,7 +270,9 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
+    unread = isinstance(recipe.policy, WanConfig) and recipe.policy.published
     return {
+        **({"running": f"not yet: {UNREAD}"} if unread else {}),
         "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),

@@ -311,11 +311,12 @@ def plan(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, dict[str, str
     Raises:
         ValueError: the policy's checkpoint is neither here nor known.
     """
+    from recipes.memory_distill import distillation_memory
     from recipes.schema import DistillRecipe
 
     if isinstance(recipe, DistillRecipe):
-        raise ValueError("distillations have no memory plan yet")
-    if recipe.policy.kind == "llada" and recipe.rollout.kind == "masked":
+        rows = distillation_memory(recipe)
+    elif recipe.policy.kind == "llada" and recipe.rollout.kind == "masked":
         rows = _text_rows(recipe, recipe.policy, recipe.rollout, prompt_tokens)
     elif recipe.policy.kind == "wan":
         rows = _flow_rows(recipe, recipe.policy)
@@ -373,7 +374,7 @@ def _flow_rows(recipe: Recipe, policy: WanConfig) -> dict[str, dict[str, int]]:
     from rollout.policies.wan import prepare_transformer
 
     with torch.device("meta"):
-        transformer: Any = WanTransformer3DModel.from_config(_wan_config(policy))
+        transformer: Any = WanTransformer3DModel.from_config(policy.sizes())
         network = prepare_transformer(transformer, policy, seed=0)
     parameters = list(network.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -384,14 +385,3 @@ def _flow_rows(recipe: Recipe, policy: WanConfig) -> dict[str, dict[str, int]]:
         frozen, width, trained, learner.zero_stage, learner.ranks, learner.gpus > 0, reference
     )
     return {"learner rank": rank, "rollout actor": {"parameters": width * frozen + FP32 * trained}}
-
-
-def _wan_config(policy: WanConfig) -> dict[str, Any]:
-    import json
-
-    from rollout.policies.digits import TRANSFORMER
-    from rollout.policies.wan import EMBEDDED
-
-    if policy.checkpoint in EMBEDDED:
-        return TRANSFORMER
-    return json.loads((policy.directory() / "transformer" / "config.json").read_text())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from recipes.schema import AnyRecipe
+from typing import Any
+
+from recipes.schema import AnyRecipe, DistillRecipe
 
 
 def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
     """Parameters, what trains, and the shapes of a learner's forward, by building them.
 
     Every module, adapter and operation is the one that a run uses; only memory is not. A flow policy
-    is left to its own loading.
+    that learns from rewards is left to its own loading.
 
     Raises:
         ValueError: the checkpoint is neither here nor known, or the network does not fit the recipe.
     """
+    if isinstance(recipe, DistillRecipe):
+        return _distillation(recipe)
     policy, rollout = recipe.policy, recipe.rollout
     if policy.kind != "llada" or rollout.kind != "masked":
         return {}
@@ -42,4 +46,31 @@ def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
     return {
         "network": f"{total:,} parameters, {trained:,} train",
         "learner's forward": f"tokens {tuple(tokens.shape)} to logits {tuple(logits.shape)}",
+    }
+
+
+def _distillation(recipe: DistillRecipe) -> dict[str, str]:
+    """The teacher's forward, which is the student's at each step, and what trains."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from recipes.memory_distill import Sample, networks
+
+    policy, rows = recipe.policy, recipe.learner.micro_batch
+    config, sample = policy.sizes(), Sample.of(policy)
+    with torch.device("meta"):
+        network: Any = WanTransformer3DModel.from_config(config)
+        (velocity,) = network(
+            hidden_states=torch.zeros(rows, *sample.latent),
+            timestep=torch.zeros(rows),
+            encoder_hidden_states=torch.zeros(rows, sample.text, config["text_dim"]),
+            return_dict=False,
+        )
+    teacher, *trained = networks(recipe).items()
+    said = ", assumed: 81 frames at 480p" if sample.assumed else ""
+    return {
+        "teacher's network": f"{teacher[1].frozen:,} parameters",
+        "what trains": ", ".join(f"{name} {count.trained:,}" for name, count in trained),
+        "learner's forward": f"latents ({rows}, {', '.join(map(str, sample.latent))}){said}, "
+        f"{sample.tokens(config['patch_size']):,} tokens each, to velocities {tuple(velocity.shape)}",
     }

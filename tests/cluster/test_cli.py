@@ -28,6 +28,10 @@ def rectify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["validate", "digits/flash_grpo", "--set", "rl.pool=[9]"], "outside the grid"),
         (["report", "nowhere"], "no run directory"),
         (["run"], "give a RECIPE"),
+        (["run", "digits/two_step", "--set", "distill.adversrial=1"], "did you mean 'adversarial'"),
+        (["run", "digits/two_step", "--set", "rollout.store=nowhere"], "rectify teacher RECIPE"),
+        (["teacher", "digits/two_step"], "name the store"),
+        (["teacher", "digits/flash_grpo"], "no teacher to draw from"),
     ],
 )
 def test_bad_input_is_one_message(arguments: list[str], words: str, tmp_path: Path):
