@@ -235,7 +235,7 @@ class RayRolloutPool:
             patient = time.monotonic() - worker.lost_at > SAME_BOOT_GRACE
             if health.boot != worker.boot or patient:
                 worker.boot = health.boot
-                worker.loading = self._load(worker)
+                self._admit(worker)
         overdue = time.monotonic() - max((w.lost_at for w in self.workers), default=0.0)
         none_ready = not any(worker.ready for worker in self.workers)
         if not self.workers or (none_ready and overdue > self.recipe.cluster.start_timeout):
@@ -255,6 +255,14 @@ class RayRolloutPool:
             logger.error("rollout actor %d does not come back: %s", worker.index, error)
             self.workers.remove(worker)
             return None
+
+    def _admit(self, worker: _Worker) -> None:
+        """Load the current weights first, if there are any: a teacher needs none."""
+        if self.weights is not None:
+            worker.loading = self._load(worker)
+            return
+        worker.ready = True
+        logger.warning("rollout actor %d re-admitted", worker.index)
 
     def _finish_loading(self, worker: _Worker) -> None:
         if not ray.wait([worker.loading], timeout=0)[0]:

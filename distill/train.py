@@ -130,7 +130,8 @@ class Distiller:
     def _drift(self, scored: Sequence[Scored]) -> Metrics:
         groups = [group.sample.group for group in scored[:COMPARED]]
         plan = next(iter(self.teachers.values()))
-        teacher = list(self.pool.generate(groups, [plan] * len(groups)))
+        drawn = self.pool.generate(groups, [plan] * len(groups))
+        teacher = sorted(drawn, key=lambda sample: sample.group.group)
         student = [group.sample for group in scored[:COMPARED]]
         drift = statistics_drift(self._media(student), self._media(teacher))
         return {f"drift/{name}": value for name, value in drift.items()}
