@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[str]] = {
 }  # fmt: skip
 LEARNING_RATES = (1e-3, 3e-3)
 # Student steps, and how many of them are the warm-up.
-STEPS, WARM_UP = 120, 60
+STEPS, WARM_UP = 100, 50
 RECIPES = {"digits": "digits/two_step", "moving": "digits/moving_two_step"}
 TUNING_SEED = 100
 HELD_OUT = "digit_held_out"
@@ -82,7 +82,7 @@ def one_run(task: str, variant: str, rate: float, seed: int) -> dict[str, Any]:
     from recipes.source import load
 
     overrides = [f"optimizer.learning_rate={rate}", f"seed={seed}", "evaluation.samples=1000"]
-    overrides += [f"steps={STEPS}", f"distill.warmup_steps={WARM_UP}", "evaluation.every=60"]
+    overrides += [f"steps={STEPS}", f"distill.warmup_steps={WARM_UP}", "evaluation.every=50"]
     recipe = load(Path(RECIPES[task]), DistillRecipe, [*overrides, *VARIANTS[variant]]).value
     key = [task, variant, recipe.model_dump_json(exclude={"cluster", "checkpoints", "run_dir"})]
     known = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []

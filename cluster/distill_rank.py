@@ -42,9 +42,9 @@ class DistillRank:
 
     def _trained(self, name: str, module: Any, engine: str) -> Trained:
         recipe = self.recipe
-        optimizer, updates = optimizers(recipe)[name]
+        optimizer, total = optimizers(recipe)[name]
         built = build_engine(engine, module, optimizer, recipe.learner)
-        return Trained(built, optimizer, recipe.steps * updates, self.rank)
+        return Trained(built, optimizer, total, self.rank, averages=name == "student")
 
     def update(
         self, steps: Sequence[Sequence[TeacherItem]], micro_steps: Sequence[int], *replays: Any
@@ -125,18 +125,13 @@ def build_rank(
 
 
 def optimizers(recipe: DistillRecipe) -> dict[str, tuple[OptimizerConfig, int]]:
-    """The optimiser of every network, and its updates per training step."""
-    distill = recipe.distill
-    critics: dict[str, Any] = {}
+    """The optimiser of every network, and the steps it takes in the whole run."""
+    distill, own = recipe.distill, recipe.optimizer
+    found = {"student": (own, recipe.steps)}
     if isinstance(distill, TwoStepConfig):
+        begun = max(0, recipe.steps - distill.warmup_steps)
         critics = {"heads": distill.discriminator, "fake_score": distill.fake_score}
-    found = {
-        name: (
-            recipe.optimizer.model_copy(
-                update={"learning_rate": c.learning_rate, "betas": c.betas, "ema_decay": 0.0}
-            ),
-            c.updates,
-        )
-        for name, c in critics.items()
-    }
-    return {"student": (recipe.optimizer, 1), **found}
+        for name, critic in critics.items():
+            changed = {"learning_rate": critic.learning_rate, "betas": critic.betas}
+            found[name] = (own.model_copy(update=changed), begun * critic.updates)
+    return found

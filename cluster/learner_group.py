@@ -179,10 +179,14 @@ class RayLearner:
 
 
 def _any_lost(ranks: Sequence[Any]) -> bool:
-    try:
-        ray.get([rank.address.remote() for rank in ranks], timeout=10)
-    except (TIMEOUT, *LOST):
-        return True
+    """Whether a process is gone; one that gives no answer waits for the peer that failed."""
+    for rank in ranks:
+        try:
+            ray.get(rank.address.remote(), timeout=10)
+        except TIMEOUT:
+            continue
+        except LOST:
+            return True
     return False
 
 

@@ -50,14 +50,23 @@ class Trained:
     Attributes:
         steps: optimiser steps taken, of ``total`` that the run will take.
         averaged: rank 0's exponential average of the trained weights in fp32, updated once per
-            optimiser step with decay min((1 + n) / (10 + n), ema_decay); empty on other ranks.
+            optimiser step with decay min((1 + n) / (10 + n), ema_decay); empty on other ranks, and
+            for networks that only serve training.
     """
 
-    def __init__(self, engine: Engine, optimizer: OptimizerConfig, total: int, rank: int) -> None:
-        self.engine, self.optimizer, self.total, self.rank = engine, optimizer, total, rank
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: OptimizerConfig,
+        total: int,
+        rank: int,
+        averages: bool = True,
+    ) -> None:
+        self.engine, self.optimizer, self.total = engine, optimizer, total
         self.steps = 0
         weights = engine.weights()
-        self.averaged = {} if rank else {n: t.clone().float() for n, t in weights.items()}
+        kept = averages and rank == 0
+        self.averaged = {n: t.clone().float() for n, t in weights.items()} if kept else {}
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward, of which ``backward`` will follow."""

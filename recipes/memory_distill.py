@@ -294,6 +294,9 @@ def distillation_memory(recipe: DistillRecipe) -> dict[str, dict[str, int]]:
         )
         for c in counts.values()
     ]
+    for name, state in zip(counts, states, strict=True):
+        if name != "student":
+            state["average"] = 0
     passing = ("gradients", "buffers") if learner.zero_stage in (1, 2) else ()
     rank = {
         part: (max if part in passing else sum)(state[part] for state in states)
