@@ -136,6 +136,20 @@ def _train(
     trainer.train()
 
 
+def schedule_of(recipe: AnyRecipe) -> Schedule:
+    """The numbers of a recipe that its loop needs."""
+    return Schedule(
+        seed=recipe.seed,
+        steps=recipe.steps,
+        prompts_per_step=recipe.rollout.prompts_per_step,
+        group_size=recipe.rollout.group_size,
+        evaluate_every=recipe.evaluation.every,
+        checkpoint_every=recipe.checkpoints.every,
+        weights={config.name or config.kind: config.weight for config in recipe.rewards},
+        dtype=recipe.policy.dtype,
+    )
+
+
 def build_trainer(
     recipe: Recipe,
     directory: RunDirectory,
@@ -151,16 +165,7 @@ def build_trainer(
     held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
     gap = evaluation.gap
     return Trainer(
-        schedule=Schedule(
-            seed=recipe.seed,
-            steps=recipe.steps,
-            prompts_per_step=rollout.prompts_per_step,
-            group_size=rollout.group_size,
-            evaluate_every=evaluation.every,
-            checkpoint_every=recipe.checkpoints.every,
-            weights={config.name or config.kind: config.weight for config in recipe.rewards},
-            dtype=recipe.policy.dtype,
-        ),
+        schedule=schedule_of(recipe),
         algorithm=algorithm,
         prompts=prompts,
         pool=pool,
@@ -189,20 +194,11 @@ def build_distiller(
     step: int,
 ) -> Distiller:
     """The loop of a distillation over its parts."""
-    rollout, evaluation = recipe.rollout, recipe.evaluation
+    evaluation = recipe.evaluation
     two_step = isinstance(recipe.distill, TwoStepConfig)
     prompts = recipe.prompts.load()
     held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
-    schedule = Schedule(
-        seed=recipe.seed,
-        steps=recipe.steps,
-        prompts_per_step=rollout.prompts_per_step,
-        group_size=rollout.group_size,
-        evaluate_every=evaluation.every,
-        checkpoint_every=recipe.checkpoints.every,
-        weights={},
-        dtype=recipe.policy.dtype,
-    )
+    schedule = schedule_of(recipe)
     source = source_of(recipe, pool, schedule)
     if directory.restored:
         source.restore(directory.restored)

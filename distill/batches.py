@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from distill.contracts import TeacherItem
-from distill.noise import gaussians
 from distill.real_data import RealSamples
-from distill.store import StoredGroup
+from distill.store import StoredGroup, initial_noise
 from rollout.policies.base import FlowPolicy
-
-INITIAL = "initial"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def two_step_batches(
         device = policy.device
         yield TwoStepBatch(
             condition=torch.stack([row.condition for row in part]).to(device),
-            z=gaussians(seeds, policy.latent_shape, INITIAL).to(device),
+            z=initial_noise(np.array(seeds, np.int64), policy.latent_shape).to(device),
             x0=torch.stack([row.x0 for row in part]).to(device),
             real=torch.stack([row.real for row in part]).to(device),
             weights=torch.tensor([row.weight for row in part], device=device),

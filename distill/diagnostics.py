@@ -94,29 +94,6 @@ def statistics_drift(student: np.ndarray, teacher: np.ndarray) -> dict[str, floa
     return metrics
 
 
-def class_recall(
-    asked: Sequence[int | str], seen: Sequence[int | str], threshold: float = 0.5
-) -> dict[str, float]:
-    """Share of the samples asked to be of a class in which a classifier sees it, by class.
-
-    ``recall/<class>`` for each class that was asked for, ``recall_min`` over these, and ``coverage``:
-    the share of them with a recall above ``threshold``. Nothing where nothing was asked.
-
-    Raises:
-        ValueError: ``asked`` and ``seen`` differ in length.
-    """
-    right: dict[int | str, list[bool]] = {}
-    for label, found in zip(asked, seen, strict=True):
-        right.setdefault(label, []).append(label == found)
-    if not right:
-        return {}
-    recall = {f"recall/{label}": float(np.mean(right[label])) for label in sorted(right, key=str)}
-    return recall | {
-        "recall_min": min(recall.values()),
-        "coverage": float(np.mean([value > threshold for value in recall.values()])),
-    }
-
-
 def collapse_began(
     history: Sequence[tuple[int, float]],
     rising: bool = True,

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from distill.diagnostics import (
-    class_recall,
     collapse_began,
     discriminator_metrics,
     mismatch,
@@ -183,37 +182,6 @@ def test_media_that_cannot_be_compared_are_refused():
             statistics_drift(good, bad)
     with pytest.raises(ValueError, match="channels"):
         statistics_drift(good, good[..., :1])
-
-
-def test_recall_by_class_with_minimum_and_coverage():
-    asked, seen = [0, 0, 0, 0, 7, 7, 3], [0, 0, 0, 7, 7, 3, 9]
-    assert class_recall(asked, seen) == {
-        "recall/0": 0.75,
-        "recall/3": 0.0,
-        "recall/7": 0.5,
-        "recall_min": 0.0,
-        "coverage": pytest.approx(1 / 3),
-    }
-    assert class_recall(asked, seen, threshold=0.4)["coverage"] == pytest.approx(2 / 3)
-
-
-def test_a_dropped_class_is_caught_where_the_average_hardly_moves():
-    asked = [label for label in range(10) for _ in range(50)]
-    seen = [label if label != 4 else 9 for label in asked]
-    metrics = class_recall(asked, seen)
-    assert np.mean(np.equal(asked, seen)) == 0.9
-    assert metrics["recall_min"] == metrics["recall/4"] == 0
-    assert metrics["coverage"] == 0.9
-    order = np.random.default_rng(0).permutation(500)
-    shuffled = class_recall([asked[i] for i in order], [seen[i] for i in order])
-    assert shuffled == metrics
-
-
-def test_recall_of_named_classes_of_nothing_and_of_unequal_lists():
-    assert class_recall(["cat", "dog"], ["cat", "cat"])["recall/dog"] == 0
-    assert class_recall([], []) == {}
-    with pytest.raises(ValueError):
-        class_recall([1, 2], [1])
 
 
 def history(values: list[float]) -> list[tuple[int, float]]:

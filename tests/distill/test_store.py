@@ -312,8 +312,9 @@ def test_another_identity_is_refused_by_name(
 
 
 def test_tuples_and_the_order_of_facts_make_no_other_identity(tmp_path: Path):
-    TeacherStore.create(tmp_path, {"a": (1, 2), "b": {"c": 1, "d": 2}}, 1)
-    TeacherStore.create(tmp_path, {"b": {"d": 2, "c": 1}, "a": [1, 2]}, 1)
+    first = TeacherStore.create(tmp_path, {"a": (1, 2), "b": {"c": 1, "d": 2}}, 1)
+    again = TeacherStore.create(tmp_path, {"b": {"d": 2, "c": 1}, "a": [1, 2]}, 1)
+    assert first.identity == again.identity
 
 
 def test_a_shard_of_another_store_does_not_count(tmp_path: Path):
