@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cluster.cli_audit import audit
+from cluster.cli_compare import compare
+from cluster.cli_measure import curves, err, evaluate, out, refuse
 from cluster.doctor import diagnose, gpu_count
 from recipes.errors import RecipeError
 
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from recipes.source import Loaded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-out = Console()
-err = Console(stderr=True)
+
+for verb in (compare, evaluate, curves, audit):
+    app.command()(verb)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value: rl.clip_range=1e-3.")
@@ -51,7 +54,7 @@ def run(
     try:
         path = launch(loaded.value, out, resume, changed)
     except ResumeError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except (ClusterError, RewardFailed, DriftError, MismatchError, LearnerLost) as error:
         err.print(f"[bold red]stopped:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -75,13 +78,13 @@ def teacher(
 
     described = loaded.value
     if not isinstance(described, DistillRecipe):
-        _refuse(f"{recipe}: has no 'distill:', so there is no teacher to draw from")
+        refuse(f"{recipe}: has no 'distill:', so there is no teacher to draw from")
     if described.rollout.store is None:
-        _refuse(f"{recipe}: name the store: --set rollout.store=DIRECTORY")
+        refuse(f"{recipe}: name the store: --set rollout.store=DIRECTORY")
     try:
         path = fill(described, out, samples)
     except StoreError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except ClusterError as error:
         err.print(f"[bold red]stopped:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -118,7 +121,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     try:
         path = write_report(run)
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     out.print(str(path), highlight=False, soft_wrap=True)
 
 
@@ -153,7 +156,7 @@ def sample(
         )
         path = write(drawn, to, video)
     except (SampleError, RecipeError) as error:
-        _refuse(str(error))
+        refuse(str(error))
     out.print(f"samples: {path}", highlight=False, soft_wrap=True)
 
 
@@ -212,7 +215,7 @@ def _checked(
                 for kind, remedy in absent.items()
             )
     except RecipeError as error:
-        _refuse(str(error))
+        refuse(str(error))
     return loaded
 
 
@@ -225,15 +228,10 @@ def _planned(recipe: AnyRecipe) -> dict[str, str]:
         memory = plan(recipe)
         rows = shapes(recipe)
     except (ValueError, OSError) as error:
-        _refuse(f"no plan: {error}")
+        refuse(f"no plan: {error}")
     for process, parts in memory.items():
         rows[f"memory of a {process}"] = ", ".join(f"{k} {v}" for k, v in parts.items())
     return rows
-
-
-def _refuse(message: str) -> NoReturn:
-    err.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(2)
 
 
 def _summary(path: Path) -> None:

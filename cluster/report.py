@@ -23,6 +23,8 @@ TIMESTEP_PANELS = {
 }
 SHOWN = 12
 PHASES = {f"time/{name}": name for name in ("rollout", "reward", "learn", "sync")}
+# A run's chart against inference-time methods, where 'rectify compare --report' has put one.
+CHART = "compare.svg"
 IDLE = {f"idle/{name}": name for name in ("rollout", "learner", "reward")}
 
 
@@ -44,7 +46,7 @@ def write_report(run: Path) -> Path:
         name=run.name,
         steps=train[-1]["step"] if train else 0,
         changes=changes(evaluations),
-        figures=_figures(train, evaluations),
+        figures=_figures(train, evaluations) + _comparison(run),
         evaluations=_table(evaluations),
         grids=_grids(run),
         texts=_texts(run),
@@ -100,6 +102,13 @@ def _figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]
         figures.append(("Idle share of actors", svg(plots.curves(train, IDLE, "share"))))
         figures.append(("Gradient norm", svg(plots.curves(train, {"grad_norm": "norm"}, "norm"))))
     return figures
+
+
+def _comparison(run: Path) -> list[tuple[str, str]]:
+    chart = run / CHART
+    return (
+        [("Against inference-time alignment", svg(chart.read_bytes()))] if chart.is_file() else []
+    )
 
 
 def _text_figures(train: plots.Rows, evaluations: plots.Rows) -> list[tuple[str, str]]:

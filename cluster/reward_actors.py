@@ -7,7 +7,7 @@ A chunk that kills the process every time is taken apart until the sample that d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -119,6 +119,13 @@ class RayScorer:
             metrics |= {f"{reward_name(one.config)}/{key}": v for key, v in described.items()}
         return metrics
 
+    def remote_scores(self) -> dict[str, RemoteScore]:
+        """How another actor asks the training rewards, by name."""
+        return {
+            reward_name(one.config): RemoteScore(one.config.deadline, one.replicas)
+            for one in self.training
+        }
+
     def take_seconds(self) -> float:
         """See ``rl.contracts.Scorer``."""
         seconds, self.seconds = self.seconds, 0.0
@@ -151,6 +158,34 @@ class RayScorer:
         logger.warning("reward %s: a chunk fails (%s); taken apart", reward_name(config), reason)
         parts = [self._receive(self._submit(call.served, [one]), [one]) for one in _singles(chunk)]
         return _joined(parts)
+
+
+class RemoteScore:
+    """A reward actor as a function, for guidance that asks it while a sample is on its way.
+
+    Ray repeats a call that lost its process; what fails then, or comes too late, fails the job, which
+    the rollout pool runs again.
+    """
+
+    def __init__(self, deadline: float, replicas: Sequence[Any]) -> None:
+        self.deadline, self.replicas, self.calls = deadline, list(replicas), 0
+
+    def __call__(
+        self, prompts: list[str], completions: list[Any], columns: Mapping[str, list[Any]]
+    ) -> Scores:
+        """See ``rl.tilt.Score``.
+
+        Raises:
+            OSError: no answer within the deadline, or the actor is lost.
+        """
+        self.calls += 1
+        replica = self.replicas[self.calls % len(self.replicas)]
+        answer = replica.score.remote(prompts, dict(columns), completions)
+        try:
+            scores, _ = ray.get(answer, timeout=self.deadline)
+        except LOST as error:
+            raise ConnectionError(f"a reward actor was lost: {error}") from error
+        return scores
 
 
 def _failed(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from cluster.weights import Weights
 from cluster.workers import Failed, Health, Record, RolloutWorker
 from recipes.schema import AnyRecipe
 from rl.contracts import Plan, Sampled
+from rl.tilt import Score
 from rollout.draws import Group
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,14 @@ class _Running:
 class RayRolloutPool:
     """See ``rl.contracts.RolloutPool``."""
 
-    def __init__(self, recipe: AnyRecipe, placement: Placement, log_dir: str) -> None:
+    def __init__(
+        self,
+        recipe: AnyRecipe,
+        placement: Placement,
+        log_dir: str,
+        served: Mapping[str, Score] | None = None,
+    ) -> None:
+        """``served``: see ``RolloutWorker``."""
         self.recipe = recipe
         self.weights: Weights | None = None
         self.restarts = 0
@@ -87,6 +95,7 @@ class RayRolloutPool:
                     "cuda" if workers.gpus else "cpu",
                     max(int(workers.cpus), 1),
                     f"{log_dir}/rollout-{index}.log",
+                    served,
                 ),
             )
             for index, bundle in enumerate(placement.workers)

@@ -30,7 +30,7 @@ from cluster.workers import sampler_of
 from recipes.schema import DistillRecipe, GroupsConfig, recipe_type
 from recipes.source import load
 from rl.catalogue import build_algorithm
-from rl.contracts import Plan
+from rl.contracts import PlainPlan
 from rollout.draws import EVALUATION_STEP, Prompt, groups_for
 from rollout.flow import FlowPlan
 from rollout.flow_sampler import FlowRollout, FlowSamplerConfig
@@ -67,7 +67,7 @@ class Source:
 
     policy: Policy
     sampler: Any
-    plan: Plan
+    plan: PlainPlan
     prompts: Callable[[], Sequence[Prompt]]
     seed: int
     label: Path
@@ -80,7 +80,7 @@ class Drawn:
     """Samples, a group of one each, with the plan and seed they were drawn by."""
 
     source: Source
-    plan: Plan
+    plan: PlainPlan
     seed: int
     rollouts: list[FlowRollout | MaskedRollout]
 
@@ -268,7 +268,7 @@ def draw(
     return Drawn(source, plan, used, rollouts)
 
 
-def _plan(source: Source, steps: int | None, temperature: float | None) -> Plan:
+def _plan(source: Source, steps: int | None, temperature: float | None) -> PlainPlan:
     plan, config = source.plan, source.sampler.config
     if steps is not None:
         text = isinstance(config, MaskedSamplerConfig)
@@ -338,7 +338,7 @@ def _new_directory(home: Path, directory: Path | None) -> Path:
     return path
 
 
-def _settings(source: Source, plan: Plan) -> dict[str, Any]:
+def _settings(source: Source, plan: PlainPlan) -> dict[str, Any]:
     """The sampler's options as they were used."""
     changed: dict[str, Any] = {"steps": plan.steps}
     used = source.sampler.config.model_dump(mode="json", exclude=set(GroupsConfig.model_fields))

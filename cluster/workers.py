@@ -7,28 +7,32 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from cluster.guided import Guide
 from cluster.logs import log_to
 from cluster.weights import Weights, bind
 from distill.catalogue import PairSampler, build_student, build_teacher
-from recipes.schema import AnyRecipe, DistillRecipe, recipe_from_json
+from recipes.schema import AnyRecipe, DistillRecipe, Recipe, recipe_from_json
 from rewards.calling import Scores, call_reward
 from rewards.catalogue import RewardConfig
 from rewards.contract import SetMetric
-from rl.contracts import Plan
+from rl.contracts import GuidancePlan, Plan
 from rl.gap import variational_gap
+from rl.tilt import Score
 from rollout.draws import Group
 from rollout.flow_sampler import FlowRollout, FlowSummary
+from rollout.guidance.contract import GuidanceError
 from rollout.masked import DecodePlan, MaskedRollout, TextSummary
 from rollout.policies.base import Policy
 
 Rollout = FlowRollout | MaskedRollout
+Facts = dict[str, tuple[float, ...]]
 
 
 def sampler_of(recipe: AnyRecipe, device: str) -> tuple[Policy, Any]:
@@ -76,12 +80,23 @@ class Failed:
 class RolloutWorker:
     """Holds a policy and samples groups."""
 
-    def __init__(self, recipe_json: str, device: str, threads: int, log: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe_json: str,
+        device: str,
+        threads: int,
+        log: str | None = None,
+        served: Mapping[str, Score] | None = None,
+    ) -> None:
+        """``served``: how rewards are asked elsewhere, by name, for guidance that wants them so."""
         log_to(log)
         torch.set_num_threads(threads)
         self.boot = uuid.uuid4().hex
         self.version: int | None = None
-        self.policy, self.sampler = sampler_of(recipe_from_json(recipe_json), device)
+        self.recipe = recipe_from_json(recipe_json)
+        self.policy, self.sampler = sampler_of(self.recipe, device)
+        self.served = served
+        self.guide: Guide | None = None
 
     def health(self) -> Health:
         """Answers while a job runs."""
@@ -97,13 +112,15 @@ class RolloutWorker:
         """``[records, replay, media, replay, media, ...]``, a pair for each group."""
         started = time.perf_counter()
         try:
-            rollouts: list[Rollout | str] = list(self.sampler.sample(groups, plans))
+            rollouts, facts = self._sample(groups, plans)
+        except GuidanceError:
+            raise
         except ValueError:
-            rollouts = [self._single(g, p) for g, p in zip(groups, plans, strict=True)]
+            pairs = [self._single(g, p) for g, p in zip(groups, plans, strict=True)]
+            rollouts, facts = [rollout for rollout, _ in pairs], [found for _, found in pairs]
         except (RuntimeError, OSError, MemoryError):
             failed = Failed("infrastructure", traceback.format_exc())
             return [failed, *[None] * (2 * len(groups))]
-        facts = [self._facts(r, plan) for r, plan in zip(rollouts, plans, strict=True)]
         seconds = (time.perf_counter() - started) / len(groups)
         records = [self._record(r, f, seconds) for r, f in zip(rollouts, facts, strict=True)]
         parts: list[Any] = []
@@ -111,23 +128,34 @@ class RolloutWorker:
             parts += [None, None] if isinstance(rollout, str) else [rollout.replay, rollout.media]
         return [records, *parts]
 
-    def _single(self, group: Group, plan: Plan) -> Rollout | str:
-        try:
-            return self.sampler.sample([group], [plan])[0]
-        except ValueError as error:
-            return f"prompt {group.prompt_id!r}: {error}"
+    def _sample(
+        self, groups: Sequence[Group], plans: Sequence[Plan]
+    ) -> tuple[Sequence[Rollout | str], list[Facts]]:
+        """Rollouts, and what their plans ask beyond the samples."""
+        plan = plans[0]
+        if isinstance(plan, GuidancePlan):
+            assert isinstance(self.recipe, Recipe)
+            self.guide = self.guide or Guide(self.recipe, self.policy, self.sampler, self.served)
+            return self.guide.sample(groups, plan.method)
+        rollouts = self.sampler.sample(groups, plans)
+        return rollouts, [self._facts(r, p) for r, p in zip(rollouts, plans, strict=True)]
 
-    def _facts(self, rollout: Rollout | str, plan: Plan) -> dict[str, tuple[float, ...]]:
-        """What a plan asks beyond the samples."""
+    def _single(self, group: Group, plan: Plan) -> tuple[Rollout | str, Facts]:
+        try:
+            rollouts, facts = self._sample([group], [plan])
+        except ValueError as error:
+            return f"prompt {group.prompt_id!r}: {error}", {}
+        return rollouts[0], facts[0]
+
+    def _facts(self, rollout: Rollout, plan: Plan) -> Facts:
         if not isinstance(rollout, MaskedRollout) or not isinstance(plan, DecodePlan):
             return {}
         if not plan.orders:
             return {}
-        return variational_gap(self.policy, rollout.replay, plan.orders)  # pyright: ignore[reportArgumentType]
+        found = variational_gap(self.policy, rollout.replay, plan.orders)  # pyright: ignore[reportArgumentType]
+        return {f"gap/{name}": values for name, values in found.items()}
 
-    def _record(
-        self, rollout: Rollout | str, facts: dict[str, tuple[float, ...]], seconds: float
-    ) -> Record:
+    def _record(self, rollout: Rollout | str, facts: Facts, seconds: float) -> Record:
         if isinstance(rollout, str):
             return Record(problem=rollout)
         return Record(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+from recipes.check_comparison import comparison
 from recipes.check_distill import distillation, distilled, stored_samples
 from recipes.errors import RecipeError, nearest
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
@@ -57,7 +58,8 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     """The checks of a recipe's kind."""
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
-    return [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _sizes(recipe)]
+    kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _sizes(recipe)]
+    return [*kinds, comparison(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:

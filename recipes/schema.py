@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from distill.catalogue import DistillConfig
+from recipes.comparison import ComparisonConfig, FlowComparison, TextComparison
 from rewards.catalogue import RewardConfig
 from rl.catalogue import AlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
@@ -202,6 +203,16 @@ class Recipe(RunRecipe, frozen=True, extra="forbid"):
     rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
     rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
+    compare: ComparisonConfig | None = Field(
+        default=None,
+        description="What 'rectify compare' runs; default a few methods at three budgets.",
+    )
+
+    @property
+    def comparison(self) -> FlowComparison | TextComparison:
+        """``compare``, or the default for the kind of policy."""
+        text = isinstance(self.rollout, MaskedSamplerConfig)
+        return self.compare or (TextComparison() if text else FlowComparison())
 
 
 class DistillRecipe(RunRecipe, frozen=True, extra="forbid"):

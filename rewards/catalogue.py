@@ -9,6 +9,7 @@ from pydantic import Field
 from rewards.countdown import CountdownReward
 from rewards.digits import DigitHeldOut, DigitLogProb
 from rewards.ink import Ink
+from rewards.marginal import Marginal
 from rewards.math_answer import MathAnswerReward
 from rewards.plugins import FunctionReward
 from rewards.sudoku import SudokuReward
@@ -17,6 +18,7 @@ RewardConfig = Annotated[
     DigitLogProb
     | DigitHeldOut
     | Ink
+    | Marginal
     | SudokuReward
     | CountdownReward
     | MathAnswerReward

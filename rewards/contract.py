@@ -1,15 +1,19 @@
 """The reward contract: TRL's reward-function signature, and the options every reward has.
 
 A reward is ``f(prompts, completions, **columns) -> list[float | None]``; None means *not scored*.
-Completions of media policies are uint8 arrays (frames, height, width, channels).
+Completions of media policies are uint8 arrays (frames, height, width, channels). A reward through
+which gradients may flow has a second form, from pixels to a tensor.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RewardFunction(Protocol):
@@ -33,8 +37,32 @@ class SetMetric(Protocol):
         ...
 
 
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """A reward that guidance can follow; its numbers are those of the served form, not rounded."""
+
+    def differentiable(self, prompts: list[str], pixels: Tensor, **columns: Any) -> Tensor:
+        """Scores (n,) of fp32 pixels (n, frames, height, width, channels) in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class ClassifierReward(Protocol):
+    """A reward that stands on a classifier whose logits can be had."""
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Differentiable (n, classes) of fp32 pixels (n, frames, height, width, channels)."""
+        ...
+
+
 class RewardSettings(BaseModel, frozen=True, extra="forbid"):
-    """Options of every reward."""
+    """Options of every reward.
+
+    Attributes:
+        differentiable: what ``build`` makes is a ``DifferentiableReward``.
+    """
+
+    differentiable: ClassVar[bool] = False
 
     name: str | None = Field(
         default=None,

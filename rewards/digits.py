@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -30,6 +30,8 @@ BATCH = 128
 
 class DigitLogProb(RewardSettings, frozen=True, extra="forbid"):
     """Log-probability of the asked digit under a convolutional classifier."""
+
+    differentiable: ClassVar[bool] = True
 
     kind: Literal["digit_log_prob"] = "digit_log_prob"
 
@@ -127,6 +129,25 @@ class DigitLogProbReward:
         frames = torch.from_numpy(pixels.reshape(-1, 1, 8, 8))
         out = self.network(frames).log_softmax(-1).numpy()
         return np.stack([part.mean(0) for part in np.split(out, starts)])
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (n, 10) averaged over frames, of pixels (n, F, 8, 8, 1) in [0, 1]."""
+        frames = pixels.movedim(-1, 2).flatten(0, 1)
+        out = self.network(frames).log_softmax(-1)
+        return out.unflatten(0, pixels.shape[:2]).mean(1)
+
+    def differentiable(
+        self,
+        prompts: list[str],
+        pixels: torch.Tensor,
+        digit: list[int | None] | None = None,
+        **columns: Any,
+    ) -> torch.Tensor:
+        """See ``rewards.contract.DifferentiableReward``."""
+        import torch
+
+        asked = torch.tensor(asked_digits(prompts, digit), device=pixels.device)
+        return self.logits(pixels).gather(1, asked[:, None])[:, 0]
 
 
 class DigitHeldOutReward:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rl.advantages import AdvantageConfig, group_advantages
-from rl.contracts import Metrics, Plan, Sampled
+from rl.contracts import Metrics, PlainPlan, Plan, Sampled
 from rl.dipod import DipodConfig
 from rl.items import Item
 from rollout.draws import Group
@@ -66,7 +66,7 @@ class Algorithm(ABC, Generic[Settings]):
         """How each group of a step is drawn: a function of (seed, step, group)."""
 
     @abstractmethod
-    def evaluation_plan(self, steps: int | None, orders: int = 0) -> Plan:
+    def evaluation_plan(self, steps: int | None, orders: int = 0) -> PlainPlan:
         """How an evaluation sample is drawn, in ``steps`` (None: the rollout's own number).
 
         ``orders``: estimate the variational gap from so many orders, where the policy has one.

@@ -11,10 +11,23 @@ from rl.items import Item
 from rollout.draws import Group
 from rollout.flow import FlowPlan
 from rollout.flow_sampler import FlowSummary
+from rollout.guidance.sampler import Method
+from rollout.guidance.text import TextBestOfN, TextSMC
 from rollout.masked import DecodePlan, TextSummary
 
 Metrics = dict[str, float]
-Plan = FlowPlan | DecodePlan
+AnyMethod = Method | TextBestOfN | TextSMC
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """A group is drawn by an inference-time method; all groups of a call by the same."""
+
+    method: AnyMethod
+
+
+PlainPlan = FlowPlan | DecodePlan
+Plan = PlainPlan | GuidancePlan
 
 
 @dataclass(frozen=True)

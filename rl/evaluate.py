@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rl.contracts import Learner, Metrics, Plan, RolloutPool, Scored, Scorer
+from rl.contracts import Learner, Metrics, PlainPlan, Plan, RolloutPool, Scored, Scorer
 from rl.metrics import length_metrics
 from rollout.draws import EVALUATION_STEP, Prompt, groups_for
 
@@ -16,7 +16,7 @@ from rollout.draws import EVALUATION_STEP, Prompt, groups_for
 class Plans(Protocol):
     """What knows how an evaluation sample is drawn: an algorithm."""
 
-    def evaluation_plan(self, steps: int | None, orders: int = 0) -> Plan:
+    def evaluation_plan(self, steps: int | None, orders: int = 0) -> PlainPlan:
         """See ``rl.algorithm.Algorithm``."""
         ...
 
@@ -87,6 +87,6 @@ class Evaluation:
         metrics |= length_metrics(prefix, samples)
         for name in sorted({name for sample in samples for name in sample.facts}):
             facts = np.concatenate([s.facts[name] for s in samples if name in s.facts])
-            metrics[f"gap/{name}"] = float(facts.mean())
+            metrics[name] = float(facts.mean())
         metrics["work/evaluation_forwards"] = float(sum(g.sample.forwards for g in scored))
         return metrics, scored

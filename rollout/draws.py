@@ -43,10 +43,13 @@ class Draw:
     index: int
     seed: int
 
+    def generator(self, stream: str) -> torch.Generator:
+        """The CPU generator of a named stream of this sample."""
+        return keyed_generator(self.seed, stream)
+
     def noise(self, stream: str, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal noise of ``shape`` (fp32, CPU) for a named stream of this sample."""
-        generator = keyed_generator(self.seed, stream)
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+        return torch.randn(tuple(shape), generator=self.generator(stream), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

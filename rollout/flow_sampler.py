@@ -320,17 +320,23 @@ class FlowSampler:
         return rollouts
 
 
-def _join(recorded: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> Transitions:
+def no_transitions(shape: tuple[int, ...]) -> Transitions:
+    """Of a group that no objective replays."""
     states, numbers = np.zeros((0, *shape), np.float32), np.zeros(0, np.float32)
     ids = np.zeros(0, np.int64)
+    return Transitions(
+        states, ids, numbers, numbers, numbers, states, numbers, ids, ids, states, ids
+    )
+
+
+def _join(recorded: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> Transitions:
+    empty = no_transitions(shape)
     if not recorded:
-        return Transitions(
-            states, ids, numbers, numbers, numbers, states, numbers, ids, ids, states, ids
-        )
+        return empty
     offsets = np.cumsum([0, *[len(record["x"]) for record in recorded[:-1]]])
     shifted = [
         {**record, "node": record["node"] + offset}
         for record, offset in zip(recorded, offsets, strict=True)
     ]
     joined = {key: np.concatenate([r[key] for r in shifted]) for key in recorded[0]}
-    return Transitions(**joined, final=states, seeds=ids)
+    return Transitions(**joined, final=empty.final, seeds=empty.seeds)

@@ -131,17 +131,25 @@ class MaskedRollout:
 
 
 @dataclass
-class _State:
-    """Rows still being decoded; ``rows`` are their places among all."""
+class Rows:
+    """Rows on their way from masks to text.
+
+    Attributes:
+        rows: int64 (n,), CPU: their places among all rows of the decoding.
+        tokens: int64 (n, P + length), the prompt padded on the left; blocks write into it.
+        attention_mask: (n, P + length), 0 at padding; None: no padding.
+        cache: keys and values, within a block.
+    """
 
     rows: Tensor
     tokens: Tensor
     attention_mask: Tensor | None
     cache: Any = None
 
-    def keep(self, chosen: Tensor) -> _State:
+    def keep(self, chosen: Tensor) -> Rows:
+        """A copy of the rows where ``chosen`` (n,), on the CPU, is true."""
         mask = None if self.attention_mask is None else self.attention_mask[chosen]
-        return _State(self.rows[chosen], self.tokens[chosen], mask)
+        return Rows(self.rows[chosen], self.tokens[chosen], mask)
 
 
 class MaskedSampler:
@@ -161,22 +169,29 @@ class MaskedSampler:
         if len({replace(plan, orders=0) for plan in plans}) > 1:
             raise ValueError("groups that are decoded together have the same plan")
         prompts = self.policy.encode([group.prompt for group in groups])
-        owners = [g for g, group in enumerate(groups) for _ in range(group.size)]
+        owners = [prompt for prompt, g in zip(prompts, groups, strict=True) for _ in range(g.size)]
         seeds = [group.draw(j).seed for group in groups for j in range(group.size)]
+        decoding, rows = self.start(owners, seeds, plans[0])
+        completions, decode_step, forwards = decoding.run(rows)
+        return self.rollouts(groups, prompts, seeds, completions, decode_step, forwards)
+
+    def start(
+        self, prompts: Sequence[Tensor], seeds: Sequence[int], plan: DecodePlan
+    ) -> tuple[BlockDecoding, Rows]:
+        """A decoding at its beginning, all masks: one row for each prompt, with its own seed."""
         width = max(len(prompt) for prompt in prompts)
-        tokens, mask = pad_left([prompts[g] for g in owners], width, self.policy.eos_token_id)
-        blank = torch.full((len(owners), self.config.length), self.policy.mask_token_id)
+        tokens, mask = pad_left(prompts, width, self.policy.eos_token_id)
+        blank = torch.full((len(prompts), self.config.length), self.policy.mask_token_id)
         tokens = torch.cat([tokens, blank], dim=1).to(self.policy.device)
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(blank)], dim=1).to(self.policy.device)
         config = self.config
-        if plans[0].exact:
+        if plan.exact:
             config = config.model_copy(update={"cache": "none", "threshold": None})
-        decoding = _Decoding(config, self.policy, plans[0], seeds, width)
-        completions, decode_step, forwards = decoding.run(tokens, mask)
-        return self._split(groups, prompts, seeds, completions, decode_step, forwards)
+        decoding = BlockDecoding(config, self.policy, plan, seeds, width)
+        return decoding, Rows(torch.arange(len(tokens)), tokens, mask)
 
-    def _split(
+    def rollouts(
         self,
         groups: Sequence[Group],
         prompts: Sequence[Tensor],
@@ -185,6 +200,7 @@ class MaskedSampler:
         decode_step: Tensor,
         forwards: Tensor,
     ) -> list[MaskedRollout]:
+        """Groups with their share of the rows, in order: tokens and steps (B, length), forwards."""
         tokens, lengths, ended = end_at_eos(tokens, self.policy.eos_token_id)
         after = torch.arange(tokens.shape[1]) >= lengths[:, None]
         decode_step = decode_step.masked_fill(after, NEVER)
@@ -207,8 +223,13 @@ class MaskedSampler:
         return rollouts
 
 
-class _Decoding:
-    """One batch on its way from masks to text."""
+class BlockDecoding:
+    """One batch on its way from masks to text.
+
+    Attributes:
+        decode_step: int64 (B, length), CPU: the step that committed a token; -1: none yet.
+        forwards: int64 (B,), CPU: network evaluations so far.
+    """
 
     def __init__(
         self,
@@ -231,18 +252,17 @@ class _Decoding:
         self.decode_step = torch.full((len(seeds), config.length), NEVER)
         self.forwards = torch.zeros(len(seeds), dtype=torch.int64)
 
-    def run(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, state: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Completions and decode steps (B, length), forwards (B,), on the CPU.
 
         A row whose finished blocks hold an EOS is complete: what follows cannot be part of its
         answer, so it is filled with EOS and costs nothing more.
         """
         width, size = self.prompt_width, self.config.block_length
-        final = torch.full_like(tokens[:, width:], self.policy.eos_token_id)
-        state = _State(torch.arange(len(tokens)), tokens, mask)
+        final = torch.full_like(state.tokens[:, width:], self.policy.eos_token_id)
         step = 0
-        for start in range(width, tokens.shape[1], size):
-            step = self._block(state, start, step)
+        for start in range(width, state.tokens.shape[1], size):
+            step = self.block(state, start, step)
             final[state.rows, : start + size - width] = state.tokens[:, width : start + size]
             open_rows = (state.tokens[:, width : start + size] != self.policy.eos_token_id).all(1)
             if not open_rows.any():
@@ -251,8 +271,8 @@ class _Decoding:
                 state = state.keep(open_rows.cpu())
         return final.cpu(), self.decode_step, self.forwards
 
-    def _block(self, state: _State, start: int, step: int) -> int:
-        """Fill one block of all rows; returns the number of the next step."""
+    def block(self, state: Rows, start: int, step: int) -> int:
+        """Fill the block that begins at ``start`` of all rows; returns the number of the next step."""
         stop = start + self.config.block_length
         threshold = self.config.threshold
         limit = len(self.schedule) if threshold is None else self.config.block_length
@@ -275,7 +295,19 @@ class _Decoding:
         state.cache = None
         return step
 
-    def _logits(self, state: _State, start: int, stop: int, masked: Tensor, first: bool) -> Tensor:
+    def fill(self, state: Rows, start: int) -> Tensor:
+        """What the model would say at once: tokens (n, length), the argmax at masks from ``start``.
+
+        One more evaluation of every row; the rows stay as they are.
+        """
+        tokens = state.tokens.clone()
+        masked = tokens[:, start:] == self.policy.mask_token_id
+        logits = self._logits(state, start, tokens.shape[1], masked, first=True)
+        state.cache = None
+        tokens[:, start:][masked] = logits.argmax(dim=1)
+        return tokens[:, self.prompt_width :]
+
+    def _logits(self, state: Rows, start: int, stop: int, masked: Tensor, first: bool) -> Tensor:
         """fp32 (n, vocabulary) at the n masked places of the block, guidance applied."""
         first_token, last = 0, state.tokens.shape[1]
         if self.config.cache != "none" and not first:
@@ -305,7 +337,7 @@ class _Decoding:
         # What neither branch can say (the mask) stays impossible: inf - inf is not a number.
         return guided.masked_fill(unconditional == -torch.inf, -torch.inf)
 
-    def _propose(self, state: _State, logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    def _propose(self, state: Rows, logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Proposed tokens and their confidence (B, block); -inf where nothing is masked."""
         counts = masked.sum(dim=1).tolist()
         noised = logits
@@ -327,7 +359,7 @@ class _Decoding:
         certain[masked] = confidence
         return proposed, certain
 
-    def _exponentials(self, state: _State, counts: Sequence[int], logits: Tensor) -> Tensor:
+    def _exponentials(self, state: Rows, counts: Sequence[int], logits: Tensor) -> Tensor:
         """fp32 exponential noise, each row's from its own generator; -log of it is Gumbel."""
         noise = torch.empty_like(logits)
         start = 0

@@ -24,8 +24,14 @@ class DigitPrompts(BaseModel, frozen=True, extra="forbid"):
         default=False, description="Ask for a direction of motion too (4-frame video)."
     )
 
+    unconditional: bool = Field(
+        default=False, description="Ask for no digit in particular: one empty prompt."
+    )
+
     def load(self) -> list[Prompt]:
-        """The prompts with the column ``digit`` (and ``direction``)."""
+        """The prompts with the column ``digit`` (and ``direction``); an unconditional one has none."""
+        if self.unconditional:
+            return [Prompt("any", "", {})]
         if not self.moving:
             return [Prompt(str(d), f"a handwritten {d}", {"digit": d}) for d in range(10)]
         return [

@@ -148,8 +148,12 @@ class FlowPolicy(Policy):
         """Hidden states (B, width, F', H', W') after the blocks ``layers`` of such a forward."""
 
     @abstractmethod
+    def pixels(self, x: Tensor) -> Tensor:
+        """Final states ``x`` as fp32 (B, frames, height, width, channels) in [0, 1], differentiable."""
+
     def decode(self, x: Tensor) -> np.ndarray:
         """Media uint8 (B, frames, height, width, channels) of final states ``x``."""
+        return (self.pixels(x) * 255).round().to(torch.uint8).cpu().numpy()
 
     def guided_velocity(
         self, x: Tensor, t: Tensor, condition: Tensor, guidance_scale: float

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -113,9 +112,9 @@ class TwoStepPolicy(FlowPolicy):
         """Of the first step's network."""
         return self.steps[0].features(x, t, condition, layers)
 
-    def decode(self, x: Tensor) -> np.ndarray:
+    def pixels(self, x: Tensor) -> Tensor:
         """See ``FlowPolicy``."""
-        return self.steps[0].decode(x)
+        return self.steps[0].pixels(x)
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         """As a pipeline of stock diffusers, or for adapters a file for each step."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -230,10 +229,9 @@ class WanPolicy(FlowPolicy):
         tokens = [found[layer][: len(x)].float() for layer in layers]
         return [hidden.transpose(1, 2).unflatten(2, grid) for hidden in tokens]
 
-    def decode(self, x: Tensor) -> np.ndarray:
-        """Pixels are the latents: [-1, 1] to uint8, channels last."""
-        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+    def pixels(self, x: Tensor) -> Tensor:
+        """Pixels are the latents: [-1, 1] to [0, 1], channels last."""
+        return ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
 
     def save(
         self, directory: Path, weights: Mapping[str, Tensor], name: str = "transformer"
@@ -322,6 +320,8 @@ def save_transformer(
 def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], width: int) -> Tensor:
     """One-hot tokens (B, slots, width): slot s says which word of ``vocabulary[s]`` was asked for.
 
+    An empty prompt asks for nothing: the dropped condition, a sample of any class.
+
     Raises:
         ValueError: a prompt with no word, or several, of a slot.
     """
@@ -329,6 +329,9 @@ def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], wi
     for row, prompt in enumerate(prompts):
         words = re.findall(r"\w+", prompt.lower())
         offset = 0
+        if not prompt.strip():
+            condition[row] = null_words(1, len(vocabulary), width)[0]
+            continue
         for slot, choices in enumerate(vocabulary):
             found = [choice for choice in choices if choice in words]
             if len(found) != 1:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,8 @@ class Toy(FlowPolicy):
     ) -> list[Tensor]:
         return [x for _ in layers]
 
-    def decode(self, x: Tensor) -> np.ndarray:
-        return np.zeros((len(x), 1, 1, 1, 1), np.uint8)
+    def pixels(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 1, 1, 1, 1)
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         raise NotImplementedError

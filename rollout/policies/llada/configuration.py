@@ -11,7 +11,8 @@ class LLaDAConfig(PreTrainedConfig):
     """Sizes and token ids; the defaults are LLaDA-8B's (arXiv 2502.09992, released config).
 
     Keys of the released file that change nothing here (initialisation, dropout of 0, kernels) are
-    kept as they come, so that a saved configuration reads like the one that was loaded.
+    kept as they come, so that a saved configuration reads like the one that was loaded. ``loops`` is
+    ours, written where it is not 1: how often a forward goes through the blocks (R-MDM 2606.18022).
     """
 
     model_type = "llada"
@@ -46,12 +47,20 @@ class LLaDAConfig(PreTrainedConfig):
     eos_token_id: int | None = 126081
     pad_token_id: int | None = 126081
     initializer_range: float = 0.02
+    loops: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.embedding_size = self.embedding_size or self.vocab_size
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``config.json``."""
+        keys = super().to_dict()
+        if keys["loops"] == 1:
+            del keys["loops"]
+        return keys
 
     def validate_architecture(self) -> None:
         """Refuse a variant of the architecture that this implementation does not compute.
@@ -75,6 +84,8 @@ class LLaDAConfig(PreTrainedConfig):
             value = self.__dict__.get(key, only)
             if value != only:
                 raise ValueError(f"config.json: {key} is {value!r}, only {only!r} is known")
+        if self.loops < 1:
+            raise ValueError(f"config.json: loops is {self.loops}, at least 1 is needed")
         if self.d_model % self.n_heads or self.n_heads % (self.n_kv_heads or self.n_heads):
             raise ValueError(
                 f"config.json: {self.n_heads} heads of {self.n_kv_heads} key/value heads do not "

@@ -5,6 +5,9 @@
                 x = x + ff_out(silu(ff_proj(h)) * up_proj(h)),  h = ff_norm(x)
     logits = ff_out(ln_f(x))                             the logits at position i predict token i
 
+A looped model (R-MDM, arXiv 2606.18022) goes through the same blocks ``loops`` times, each time from
+where it was; logits can be read after every loop, and inference may loop more often than training.
+
 No biases, RMSNorm in fp32, RoPE (rotate-half) in fp32. Released revisions disagree on what an
 attention mask means; here it is a key-padding mask, and positions count real tokens only, so that a
 left-padded row is computed as it would be alone.
@@ -30,7 +33,7 @@ from rollout.policies.llada.configuration import LLaDAConfig
 
 
 class KeyValueCache:
-    """Keys and values of whole sequences, (B, kv heads, T, head size) per layer.
+    """Keys and values of whole sequences, (B, kv heads, T, head size) per layer (of every loop).
 
     A forward over a span writes the span's keys and values in place and attends to all T: the rest
     are those of earlier forwards, stale by the tokens committed since.
@@ -88,8 +91,12 @@ class LLaDABlock(GradientCheckpointingLayer):
         mask: Tensor | None,
         cache: KeyValueCache | None,
         start: int,
+        before: int = 0,
     ) -> Tensor:
-        """``x`` (B, S, d_model), a span from ``start``; ``mask`` (B, 1, 1, T) over all keys."""
+        """``x`` (B, S, d_model), a span from ``start``; ``mask`` (B, 1, 1, T) over all keys.
+
+        ``before``: layers that earlier loops went through; each has its own place in the cache.
+        """
         h = self.attn_norm(x)
         q, k, v = (
             p(h).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -97,7 +104,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, start)
+            k, v = cache.update(before + self.layer, k, v, start)
         grouped = k.shape[1] != q.shape[1]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         x = x + self.attn_out(attended.transpose(1, 2).flatten(2))
@@ -154,6 +161,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         start: int = 0,
+        every_loop: bool = False,
     ) -> Tensor:
         """Final hidden states (B, S, d_model) of a span of S tokens that begins at ``start``.
 
@@ -162,6 +170,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             attention_mask: (B, T) over the *whole* sequence, nonzero at real tokens; None: all are.
             cache: keys and values of the whole sequence; without one, the span is all there is.
             start: first position of the span.
+            every_loop: those after each loop, (loops, B, S, d_model).
         """
         stop = start + input_ids.shape[1]
         if attention_mask is None:
@@ -172,9 +181,14 @@ class LLaDAModel(LLaDAPreTrainedModel):
             mask = attention_mask.bool()[:, None, None, :]
         rotary = self._rotary(position_ids)
         x = self.transformer["wte"](input_ids)
-        for block in self.transformer["blocks"]:  # pyright: ignore[reportGeneralTypeIssues]
-            x = block(x, rotary, mask, cache, start)
-        return self.transformer["ln_f"](x)
+        states: list[Tensor] = []
+        for loop in range(self.config.loops):
+            before = loop * self.config.n_layers
+            for block in self.transformer["blocks"]:  # pyright: ignore[reportGeneralTypeIssues]
+                x = block(x, rotary, mask, cache, start, before)
+            if every_loop:
+                states.append(x)
+        return self.transformer["ln_f"](torch.stack(states) if every_loop else x)
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         size = self.config.d_model // self.config.n_heads
@@ -211,15 +225,17 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         where: Tensor | None = None,
         cache: KeyValueCache | None = None,
         start: int = 0,
+        every_loop: bool = False,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits (B, S, vocabulary), or (n, vocabulary) at the n True places of ``where`` (B, S).
 
-        The head is most of a small step's cost and memory: name the places that are needed. Other
-        arguments: see ``LLaDAModel.forward``; ``kwargs`` are what generic callers add, unused.
+        With ``every_loop`` those after each loop, (loops, ...). The head is most of a small step's
+        cost and memory: name the places that are needed. Other arguments: see
+        ``LLaDAModel.forward``; ``kwargs`` are what generic callers add, unused.
         """
-        hidden = self.model(input_ids, attention_mask, cache, start)
-        chosen = hidden if where is None else hidden[where]
+        hidden = self.model(input_ids, attention_mask, cache, start, every_loop)
+        chosen = hidden if where is None else hidden[..., where, :]
         return MaskedLMOutput(logits=self.model.transformer["ff_out"](chosen))
 
 

@@ -52,6 +52,12 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass."
     )
+    loops: int | None = Field(
+        default=None,
+        ge=1,
+        description="Times that a forward goes through the blocks of a looped model, a saved model's "
+        "own from then on; none: as it was trained.",
+    )
 
     def directory(self) -> Path:
         """Where the weights are, or for an embedded model will be after ``prepare``.
@@ -145,6 +151,19 @@ def _cached_on_hub(name: str) -> Path:
     return Path(found).parent
 
 
+def set_loops(network: Any, loops: int, directory: Path) -> None:
+    """Go through the blocks ``loops`` times in every forward from now on.
+
+    Raises:
+        ValueError: more than once, and the blocks were never trained to be gone through again.
+    """
+    if loops > 1 and network.config.loops == 1:
+        raise ValueError(
+            f"{directory} was not trained in loops: policy.loops is {loops}, must be 1"
+        )
+    network.config.loops = loops
+
+
 class LladaPolicy(MaskedDiffusionPolicy):
     """The transformer with its tokenizer."""
 
@@ -165,6 +184,8 @@ class LladaPolicy(MaskedDiffusionPolicy):
         network, report = loaded
         if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
             raise ValueError(f"{directory}: tensors missing or left over: {', '.join(wrong[:4])}")
+        if config.loops is not None:
+            set_loops(network, config.loops, directory)
         self.mask_token_id = network.config.mask_token_id
         self.eos_token_id = network.config.eos_token_id
         self.vocab_size = network.config.embedding_size

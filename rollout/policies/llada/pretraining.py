@@ -82,10 +82,11 @@ def build_tokenizer(name: str) -> Any:
     return train_tokenizer([*parts, *["user", "assistant", "\n\n"] * 256], VOCABULARY[name])
 
 
-def train_base(name: str, tokenizer: Any, steps: int) -> Any:
+def train_base(name: str, tokenizer: Any, steps: int, loops: int = 1) -> Any:
     """Train with the released recipe's loss: mask k ~ U{1..L} of an answer, (L/k) sum of CE, over L.
 
-    The EOS that pad an answer to L are part of it. Returns the EMA weights.
+    The EOS that pad an answer to L are part of it. With ``loops`` the model is a looped one, its loss
+    the mean over loops. Returns the EMA weights.
     """
     from rollout.policies.llada.configuration import LLaDAConfig
     from rollout.policies.llada.modeling import LLaDAModelLM
@@ -95,7 +96,7 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
     tokens = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in ids.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = LLaDAModelLM(LLaDAConfig(**model_sizes(name), **tokens))
+        model = LLaDAModelLM(LLaDAConfig(**model_sizes(name), **tokens, loops=loops))
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
@@ -110,8 +111,7 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
         hidden = torch.zeros_like(clean, dtype=torch.bool)
         hidden[:, width:] = ranks < counts
         noised = clean.masked_fill(hidden, tokens["mask_token_id"])
-        logits = model(noised, mask, where=hidden).logits
-        losses = torch.nn.functional.cross_entropy(logits, clean[hidden], reduction="none")
+        losses = loop_losses(model, noised, mask, hidden, clean).mean(0)
         weights = (1 / counts).expand(-1, clean.shape[1])[hidden]
         optimizer.zero_grad()
         ((losses * weights).sum() / BATCH).backward()
@@ -120,6 +120,18 @@ def train_base(name: str, tokenizer: Any, steps: int) -> Any:
         schedule.step()
         averaged.update_parameters(model)
     return averaged.module
+
+
+def loop_losses(
+    model: Any, noised: Tensor, mask: Tensor | None, hidden: Tensor, clean: Tensor
+) -> Tensor:
+    """Cross-entropy (loops, n) after each loop, at the n True places of ``hidden`` (B, S)."""
+    logits = model(noised, mask, where=hidden, every_loop=True).logits
+    targets = clean[hidden].expand(logits.shape[:2])
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return losses.view(targets.shape)
 
 
 def _batch(name: str, tokenizer: Any, step: int) -> tuple[Tensor, Tensor | None, int]:
