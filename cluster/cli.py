@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-for verb in (compare, evaluate, curves, audit):
-    app.command()(verb)
-
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value: rl.clip_range=1e-3.")
 ]
@@ -190,6 +187,10 @@ def schema() -> None:
     from recipes.source import editor_schema
 
     out.print_json(json.dumps(editor_schema(KINDS)))
+
+
+for verb in (compare, evaluate, curves, audit):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -186,6 +186,8 @@ def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
     except (ValueError, KeyError) as error:
         yield "policy.checkpoint", str(error)
         return
+    if isinstance(recipe.policy, LladaConfig):
+        yield from _loops(recipe.policy)
     if recipe.policy.lora is not None:
         # An ending is checked against the names of the first block; all blocks have the same.
         for target in unmatched_targets(recipe.policy.lora.targets, names):
@@ -202,6 +204,11 @@ def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             place = {"file": ".path", "math": ".source"}.get(prompts.kind, "") if prompts else ""
             yield f"{key}{place}", str(error)
+
+
+def _loops(policy: LladaConfig) -> Iterator[tuple[str, str]]:
+    if policy.loops is not None and policy.loops > 1 and policy.sizes().get("loops", 1) == 1:
+        yield "policy.loops", f"{policy.checkpoint} was not trained with looped blocks; leave it out"
 
 
 def _rewards(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:

@@ -161,6 +161,7 @@ def test_impossible_combinations_are_refused(override: str, key: str, words: str
             "prompts.source",
             "no such file",
         ),
+        ("policy.loops=3", "policy.loops", "was not trained with looped blocks"),
         (
             "evaluation.prompts={kind: file, path: none.jsonl}",
             "evaluation.prompts.path",

@@ -136,3 +136,9 @@ def test_video_policy_draws_four_frames():
         torch.zeros(1, 1, 4, 8, 8), torch.ones(1), policy.encode(["a handwritten 3 moving left"])
     )
     assert out.shape == (1, 1, 4, 8, 8)
+
+
+def test_an_empty_prompt_is_the_unconditional_branch(base_policy: WanPolicy) -> None:
+    encoded = base_policy.encode(["a handwritten 3", "", "a handwritten 4"])
+    assert torch.equal(encoded[1:2], base_policy.encode_null(1))
+    assert torch.equal(encoded[::2], base_policy.encode(["a handwritten 3", "a handwritten 4"]))
