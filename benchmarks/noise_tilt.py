@@ -32,11 +32,13 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
     "DAS": [{"kind": "das", "beta": beta} for beta in (0.1, 0.3, 1.0)],
 }
 GRADIENT: dict[str, list[dict[str, Any]]] = {
-    "DPS": [{"kind": "dps", "beta": beta} for beta in (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)],
-    "FreeDoM": [
-        {"kind": "freedom", "scale": scale, "repeats": 1} for scale in (0.05, 0.1, 0.2, 0.4)
+    "DPS": [
+        {"kind": "dps", "beta": beta} for beta in (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
     ],
-    "NTRK": [{"kind": "ntrk", "rho": rho} for rho in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)],
+    "FreeDoM": [
+        {"kind": "freedom", "scale": scale, "repeats": 1} for scale in (0.02, 0.05, 0.1, 0.2, 0.4)
+    ],
+    "NTRK": [{"kind": "ntrk", "rho": rho} for rho in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)],
     # Of 64 entries few are outside bounds at 1e-4: a larger alpha whitens more.
     "NTRK, α 0.1": [
         {"kind": "ntrk", "rho": rho, "whitening": {"alpha": 0.1}}
@@ -47,7 +49,7 @@ GRADIENT: dict[str, list[dict[str, Any]]] = {
         for rho in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
     ],
 }
-COMBINED = {"kind": "ntrk", "rho": 0.05}
+COMBINED = {"kind": "ntrk", "rho": 0.005}
 TASKS = {"digits": [], "moving": ["policy.checkpoint=moving-digits", "prompts.moving=true"]}
 REWARD, HELD_OUT = "digit_log_prob", "evaluation/digit_held_out"
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks"

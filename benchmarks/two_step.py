@@ -1,6 +1,6 @@
 """Two-step students of the digit models: ours, its ablations, DMD2, LADD and regression.
 
-    python benchmarks/two_step.py [--seeds 3] [--processes 1] [--tasks digits moving] [--variants ...]
+    python benchmarks/two_step.py [--seeds 3] [--processes 1] [--tasks ...] [--variants ...] [--rates ...]
 
 Every variant starts from the same teacher, sees the same teacher samples, is warmed up by the same
 paired regression, and takes the same number of student steps. The learning rate of each is the best of
@@ -99,6 +99,14 @@ def one_run(task: str, variant: str, rate: float, seed: int) -> dict[str, Any]:
     return run
 
 
+def best_rate(
+    pair: tuple[str, str], tuning: Sequence[dict[str, Any]], rates: Sequence[float]
+) -> float:
+    """Of a task and variant, by Fréchet distance; the only one, where there is one."""
+    own = [run for run in tuning if (run["task"], run["variant"]) == pair]
+    return min(own, key=lambda run: last(run, "frechet"))["rate"] if own else rates[0]
+
+
 def last(run: dict[str, Any], name: str) -> float:
     """A held-out number of the finished student."""
     return run["curve"][-1][f"evaluation/{HELD_OUT}/{name}"]
@@ -114,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     from rollout.policies.wan import WanConfig
@@ -121,15 +130,10 @@ def main() -> None:
     WanConfig().prepare()
     pairs = [(task, variant) for task in arguments.tasks for variant in arguments.variants]
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        grid = [(*pair, rate, TUNING_SEED) for pair in pairs for rate in LEARNING_RATES]
-        tuning = list(pool.map(one_run, *zip(*grid, strict=True)))
-        best = {
-            pair: min(
-                (r for r in tuning if (r["task"], r["variant"]) == pair),
-                key=lambda run: last(run, "frechet"),
-            )["rate"]
-            for pair in pairs
-        }
+        grid = [(*pair, rate, TUNING_SEED) for pair in pairs for rate in arguments.rates]
+        several = len(arguments.rates) > 1
+        tuning = list(pool.map(one_run, *zip(*grid, strict=True))) if several else []
+        best = {pair: best_rate(pair, tuning, arguments.rates) for pair in pairs}
         jobs = [(*pair, best[pair], seed) for seed in range(arguments.seeds) for pair in pairs]
         runs = list(pool.map(one_run, *zip(*jobs, strict=True)))
     OUT.mkdir(parents=True, exist_ok=True)

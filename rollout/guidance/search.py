@@ -118,8 +118,8 @@ class RBF(Search, frozen=True, extra="forbid"):
                 scores = walk.scores(walk.clean(candidate, ahead, step + 1), active)
                 better = (scores > best[active]) | (used[active] == 0)
                 kept = active[better]
-                x = x.index_copy(0, kept, candidate[better])
-                velocity = velocity.index_copy(0, kept, ahead[better])
+                x, velocity = x.clone(), velocity.clone()
+                x[kept], velocity[kept] = candidate[better], ahead[better]
                 best[kept] = scores[better]
                 used[active] += 1
                 active = active[(best[active] <= record[active]) & (used[active] < allowed[active])]
