@@ -1,6 +1,6 @@
 """NoiseTilt against the other inference-time methods on the digit models, at equal cost.
 
-    python benchmarks/noise_tilt.py [--seeds 3] [--tasks digits moving] [--samples 100]
+    python benchmarks/noise_tilt.py [--seeds 3] [--tasks digits moving]
 
 The reward is the log-probability of the asked digit under one classifier; another classifier is never
 followed: its accuracy, the Fréchet distance to real digits in its features, and diversity sit beside, and
@@ -51,6 +51,7 @@ GRADIENT: dict[str, list[dict[str, Any]]] = {
 }
 COMBINED = {"kind": "ntrk", "rho": 0.005}
 TASKS = {"digits": [], "moving": ["policy.checkpoint=moving-digits", "prompts.moving=true"]}
+SAMPLES = {"digits": 100, "moving": 40}
 REWARD, HELD_OUT = "digit_log_prob", "evaluation/digit_held_out"
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks"
 RUNS = Path(__file__).parents[1] / "runs" / "noise_tilt.jsonl"
@@ -59,12 +60,12 @@ RUNS = Path(__file__).parents[1] / "runs" / "noise_tilt.jsonl"
 class Bench:
     """Points of one task, measured once and kept."""
 
-    def __init__(self, task: str, samples: int) -> None:
+    def __init__(self, task: str) -> None:
         from cluster.compare import in_process
         from recipes.schema import Recipe
         from recipes.source import load
 
-        self.task, self.samples = task, samples
+        self.task, self.samples = task, SAMPLES[task]
         overrides = ["rollout.steps=25", "policy.lora=null", *TASKS[task]]
         overrides.append("evaluation.rewards=[{kind: digit_held_out}, {kind: ink}]")
         self.recipe = load(Path("digits/flash_grpo"), Recipe, overrides).value
@@ -190,13 +191,12 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     arguments = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    found = {task: run(Bench(task, arguments.samples), arguments.seeds) for task in arguments.tasks}
+    found = {task: run(Bench(task), arguments.seeds) for task in arguments.tasks}
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "noise_tilt.json").write_text(json.dumps(found))
     (OUT / "noise_tilt.md").write_text("\n".join(table(t, lines) for t, lines in found.items()))

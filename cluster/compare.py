@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.evaluate import evaluation_of
 from cluster.local import LocalRolloutPool, LocalScorer
@@ -262,6 +263,15 @@ def followed(recipe: Recipe, scored: Sequence[Scored]) -> float:
 
 
 def _same_network(source: Source, base: Any) -> bool:
-    """Whether a checkpoint's weights are those of the recipe's policy, so that its workers take them."""
-    own, theirs = base.trainable(), source.policy.trainable()
-    return own.keys() == theirs.keys() and all(own[k].shape == theirs[k].shape for k in own)
+    """Whether only trained weights part a checkpoint from the recipe's policy, so that its workers take
+    them: the same parameters, and what is frozen (the base of an adapter) the same numbers."""
+    own = dict(base.module.named_parameters())
+    theirs = dict(source.policy.module.named_parameters())
+    if own.keys() != theirs.keys() or base.trainable().keys() != source.policy.trainable().keys():
+        return False
+    trained = base.trainable()
+    return all(
+        p.shape == theirs[name].shape
+        and (name in trained or torch.equal(p.cpu(), theirs[name].cpu()))
+        for name, p in own.items()
+    )

@@ -23,7 +23,7 @@ from rollout.math_prompts import MathPrompts
 from rollout.policies.adapters import unmatched_targets
 from rollout.policies.base import forwards_per_sample
 from rollout.policies.llada.policy import LladaConfig
-from rollout.policies.wan import UNREAD, WanConfig
+from rollout.policies.wan import UNDISTILLED, WanConfig
 
 
 def check(
@@ -34,7 +34,7 @@ def check(
     Args:
         loaded: the recipe. gpus: how many this machine has (a local cluster cannot have more).
         filling: a distillation's store need not be there yet.
-        running: it is about to be: a Wan known by its sizes alone is refused too.
+        running: it is about to be: a teacher that can only be planned with is refused too.
 
     Raises:
         RecipeError: with all of them.
@@ -181,8 +181,7 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
     try:
         names = recipe.policy.linear_names()
-        if running and isinstance(recipe.policy, WanConfig):
-            recipe.policy.directory()
+        yield from _pipeline(recipe, running)
     except (ValueError, KeyError) as error:
         yield "policy.checkpoint", str(error)
         return
@@ -206,9 +205,28 @@ def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
             yield f"{key}{place}", str(error)
 
 
+def _pipeline(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
+    """What a text-to-video pipeline cannot do.
+
+    Raises:
+        ValueError: its checkpoint is neither here nor known, or its VAE does not fit the video.
+    """
+    policy = recipe.policy
+    if not isinstance(policy, WanConfig) or not policy.pipeline:
+        return
+    policy.video_latent()
+    if running and isinstance(recipe, DistillRecipe):
+        yield "policy.checkpoint", f"{policy.checkpoint}: {UNDISTILLED}"
+    if policy.networks > 1 and recipe.learner.zero_stage == 3:
+        yield "learner.zero_stage", "micro-batches use one of two transformers; give 0, 1 or 2"
+
+
 def _loops(policy: LladaConfig) -> Iterator[tuple[str, str]]:
     if policy.loops is not None and policy.loops > 1 and policy.sizes().get("loops", 1) == 1:
-        yield "policy.loops", f"{policy.checkpoint} was not trained with looped blocks; leave it out"
+        yield (
+            "policy.loops",
+            f"{policy.checkpoint} was not trained with looped blocks; leave it out",
+        )
 
 
 def _rewards(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
@@ -279,9 +297,9 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
-    unread = isinstance(recipe.policy, WanConfig) and recipe.policy.published
+    undistilled = isinstance(recipe, DistillRecipe) and recipe.policy.pipeline
     return {
-        **({"running": f"not yet: {UNREAD}"} if unread else {}),
+        **({"running": f"not yet: {UNDISTILLED}"} if undistilled else {}),
         "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),

@@ -41,4 +41,4 @@ def gradient_of(recipe: Recipe) -> bool:
     followed = [
         c for c in recipe.rewards if compare.reward in (None, c.name or c.kind) and c.weight != 0
     ]
-    return not compare.served and all(type(config).differentiable for config in followed)
+    return not compare.served and all(config.has_gradient() for config in followed)

@@ -367,11 +367,11 @@ def _text_rows(
 
 
 def _flow_rows(recipe: Recipe, policy: WanConfig) -> dict[str, dict[str, int]]:
-    """Counted on a network without storage."""
+    """Counted on a network without storage; a pipeline's text encoder and VAE are not in it."""
     import torch
     from diffusers import WanTransformer3DModel
 
-    from rollout.policies.wan import prepare_transformer
+    from rollout.policies.wan_network import prepare_transformer
 
     with torch.device("meta"):
         transformer: Any = WanTransformer3DModel.from_config(policy.sizes())
@@ -379,6 +379,7 @@ def _flow_rows(recipe: Recipe, policy: WanConfig) -> dict[str, dict[str, int]]:
     parameters = list(network.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
+    trained, frozen = policy.networks * trained, policy.networks * frozen
     width = BF16 if frozen and policy.dtype == "bfloat16" else FP32
     learner, reference = recipe.learner, recipe.rl.kl_coefficient > 0
     rank = state_memory(

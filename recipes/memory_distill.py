@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from rollout.policies.adapters import LoraAdapter
     from rollout.policies.wan import WanConfig
 
-# A published pipeline's video of 81 frames at 480p (832 x 480), and the tokens of its text.
-PUBLISHED_LATENT, PUBLISHED_TEXT = (16, 21, 60, 104), 512
 EMBEDDED_FRAMES = {"digits": 1, "moving-digits": 4}
 # Of a block's linear layers, what one that has an adapter sees; ``text``: the tokens of the text.
 INPUTS = {
@@ -64,24 +62,23 @@ class Sample:
 
     Attributes:
         latent: (channels, frames, height, width). ``text``: tokens of its condition.
-        assumed: the checkpoint does not say.
     """
 
     latent: tuple[int, ...]
     text: int
-    assumed: bool = False
 
     @classmethod
     def of(cls, policy: WanConfig) -> Sample:
-        """Of a checkpoint's own ``conditions.json``; for a published one 81 frames at 480p.
+        """Of a checkpoint's own ``conditions.json``; of a pipeline, as the recipe asks for.
 
         Raises:
             ValueError: the checkpoint is neither here nor known.
         """
         from rollout.policies.digits import vocabulary
+        from rollout.policies.wan_text import TEXT_TOKENS
 
-        if policy.published:
-            return cls(PUBLISHED_LATENT, PUBLISHED_TEXT, assumed=True)
+        if policy.pipeline:
+            return cls(policy.video_latent(), TEXT_TOKENS)
         frames = EMBEDDED_FRAMES.get(policy.checkpoint)
         if frames is not None:
             return cls((1, frames, 8, 8), len(vocabulary(policy.checkpoint)))
@@ -135,7 +132,7 @@ def _count(policy: WanConfig, lora: LoraAdapter | None, layers: int | None = Non
     import torch
     from diffusers import WanTransformer3DModel
 
-    from rollout.policies.wan import prepare_transformer
+    from rollout.policies.wan_network import prepare_transformer
 
     config = policy.sizes() | ({} if layers is None else {"num_layers": layers})
     with torch.device("meta"):

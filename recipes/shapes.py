@@ -67,10 +67,9 @@ def _distillation(recipe: DistillRecipe) -> dict[str, str]:
             return_dict=False,
         )
     teacher, *trained = networks(recipe).items()
-    said = ", assumed: 81 frames at 480p" if sample.assumed else ""
     return {
         "teacher's network": f"{teacher[1].frozen:,} parameters",
         "what trains": ", ".join(f"{name} {count.trained:,}" for name, count in trained),
-        "learner's forward": f"latents ({rows}, {', '.join(map(str, sample.latent))}){said}, "
+        "learner's forward": f"latents ({rows}, {', '.join(map(str, sample.latent))}), "
         f"{sample.tokens(config['patch_size']):,} tokens each, to velocities {tuple(velocity.shape)}",
     }

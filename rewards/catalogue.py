@@ -6,19 +6,28 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rewards.aesthetic import Aesthetic
+from rewards.clip_score import ClipScore, PickScore
 from rewards.countdown import CountdownReward
 from rewards.digits import DigitHeldOut, DigitLogProb
 from rewards.ink import Ink
 from rewards.marginal import Marginal
 from rewards.math_answer import MathAnswerReward
+from rewards.ocr import Ocr
 from rewards.plugins import FunctionReward
 from rewards.sudoku import SudokuReward
+from rewards.video_consistency import TemporalConsistency
 
 RewardConfig = Annotated[
     DigitLogProb
     | DigitHeldOut
     | Ink
     | Marginal
+    | ClipScore
+    | PickScore
+    | Aesthetic
+    | Ocr
+    | TemporalConsistency
     | SudokuReward
     | CountdownReward
     | MathAnswerReward

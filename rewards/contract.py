@@ -91,6 +91,10 @@ class RewardSettings(BaseModel, frozen=True, extra="forbid"):
     def build(self) -> RewardFunction:
         """The reward itself, in the process that serves it."""
 
+    def has_gradient(self) -> bool:
+        """Whether guidance can follow what ``build`` makes."""
+        return type(self).differentiable
+
     def problem(self) -> str | None:
         """Why this reward cannot run here, with the remedy; None if it can."""
         return None

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field
 
-from rewards.contract import RewardFunction, RewardSettings
+from rewards.contract import DifferentiableReward, RewardFunction, RewardSettings
 
 ENTRY_POINTS = "rectify.rewards"
 # What TRL hands to every reward: a function that takes none of these makes one.
@@ -42,6 +42,15 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
         "each time.",
     )
 
+    gradient: bool = Field(
+        default=False,
+        description="It has a method differentiable(prompts, pixels, **columns) that guidance follows.",
+    )
+
+    def has_gradient(self) -> bool:
+        """As the recipe says."""
+        return self.gradient
+
     def build(self) -> RewardFunction:
         """Import and bind.
 
@@ -49,7 +58,7 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
         ``**columns``, e.g. ``trl.rewards.get_soft_overlong_punishment``.
 
         Raises:
-            ValueError: nothing callable is there.
+            ValueError: nothing callable is there, or no ``differentiable`` where one is promised.
         """
         target = self._load()
         if inspect.isclass(target) or _is_factory(target):
@@ -58,6 +67,8 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
             target = functools.partial(target, **self.arguments)
         if not callable(target):
             raise ValueError(f"reward {self.path!r} is not callable")
+        if self.gradient and not isinstance(target, DifferentiableReward):
+            raise ValueError(f"reward {self.path!r} has no method differentiable(prompts, pixels)")
         return cast(RewardFunction, target)
 
     def problem(self) -> str | None:

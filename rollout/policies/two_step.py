@@ -43,9 +43,13 @@ class TwoStepPolicy(FlowPolicy):
         seed: int = 0,
         renoise: bool = False,
     ) -> None:
-        """``teacher.lora`` is what ``lora_per_step`` trains."""
+        """``teacher.lora`` is what ``lora_per_step`` trains.
+
+        Raises:
+            ValueError: the teacher is a text-to-video pipeline.
+        """
         adapter = teacher.lora if parameters == "lora_per_step" else None
-        first = teacher.model_copy(update={"lora": adapter}).build(device, seed)
+        first = teacher.model_copy(update={"lora": adapter}).conditional(device, seed)
         first.whole_timesteps = False
         self.steps: list[WanPolicy] = [first]
         if parameters != "shared":

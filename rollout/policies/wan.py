@@ -1,28 +1,34 @@
 """Flow policies on diffusers' own ``WanTransformer3DModel``.
 
 The published layout is read and written: ``transformer/config.json`` with its safetensors. This page
-holds the class-conditional form, whose conditions are one-hot words (``conditions.json`` beside the
-transformer names the vocabulary and the latent shape); it needs no text encoder and no VAE, and it
-is what the embedded digit models are. The network is the same class at every size.
+holds the configuration of all, and the class-conditional form, whose conditions are one-hot words
+(``conditions.json`` beside the transformer names the vocabulary and the latent shape); it needs no
+text encoder and no VAE, and it is what the embedded digit models are. Text-to-video pipelines are in
+``wan_pipeline.py``. The network is the same class at every size.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
-from rollout.policies.adapters import LoraAdapter, set_trainable
+from rollout.policies.adapters import LoraAdapter
 from rollout.policies.base import FlowPolicy
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+from rollout.policies.wan_network import (
+    network_features,
+    network_times,
+    network_velocity,
+    prepare_transformer,
+    save_transformer,
+    wan_linear_names,
+)
 
 EMBEDDED = ("digits", "moving-digits")
 # Architectures of published text-to-video pipelines, as their transformer/config.json has them.
@@ -38,31 +44,40 @@ T2V: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-UNREAD = "the text encoder and VAE of published Wan pipelines are not read yet"
+UNDISTILLED = (
+    "a text-to-video pipeline can be planned as a teacher; it has no student that runs yet"
+)
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": T2V
     | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": T2V
     | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": T2V
+    | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
-# Below this batch size the CPU matrix kernels take another path and the last bits of a sample
-# depend on its company; rows are repeated up to it so that they don't.
-CPU_BATCH = 4
+TWO_NETWORKS = ("Wan-AI/Wan2.2-T2V-A14B-Diffusers",)
 # diffusers' schedulers of a few-step pipeline: along the ODE, or through fresh noise.
 STEPPING, RENOISING = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 
 
 class WanConfig(BaseModel, frozen=True, extra="forbid"):
-    """A Wan transformer: an embedded digit model or a directory in diffusers' layout.
+    """A Wan: an embedded digit model, a directory in diffusers' layout, or a published pipeline.
 
-    A published pipeline, by its hub id, is known by its sizes alone: it is planned, not yet run.
+    Height, width, frames and negative prompt are of text-to-video pipelines; class-conditional models
+    know their own.
     """
 
     kind: Literal["wan"] = "wan"
     checkpoint: str = Field(
         default="digits",
-        description="digits, moving-digits (embedded, trained once and cached), or a directory; to "
-        "plan a run also a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
+        description="digits, moving-digits (embedded, trained once and cached), a directory, or a hub "
+        "id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
+    )
+    height: int = Field(default=480, gt=0, multiple_of=16, description="Of a video, in pixels.")
+    width: int = Field(default=832, gt=0, multiple_of=16, description="Of a video, in pixels.")
+    frames: int = Field(default=81, ge=1, description="Of a video: 1, 5, 9, ... 81.")
+    negative_prompt: str = Field(
+        default="", description="The prompt of the unconditional branch of guidance."
     )
     lora: LoraAdapter | None = Field(
         default=None, description="Train an adapter; without it all parameters train."
@@ -74,25 +89,38 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
         default=False, description="Recompute activations in the backward pass."
     )
 
+    @field_validator("frames")
+    @classmethod
+    def _whole_latent_frames(cls, frames: int) -> int:
+        if frames % 4 != 1:
+            raise ValueError(f"{frames} is not 1 more than a multiple of 4, as 81 is")
+        return frames
+
     def directory(self) -> Path:
         """Where the weights are, or for an embedded model will be after ``prepare``.
 
         Raises:
-            ValueError: a path that is not a transformer in the layout read here, or a published
-                pipeline.
+            ValueError: a path that is not a model in a layout read here, or a published pipeline that
+                is not on this machine yet.
         """
         if self.checkpoint in EMBEDDED:
             from rollout.policies.digits import cached_directory
 
             return cached_directory(self.checkpoint)
-        if self.published:
-            raise ValueError(f"{self.checkpoint} can be planned, not run: {UNREAD}")
-        path = Path(self.checkpoint)
+        from rollout.policies.wan_pipeline import is_pipeline, pipeline_index, snapshot
+
+        path = (
+            snapshot(self.checkpoint, download=False) if self.published else Path(self.checkpoint)
+        )
+        if is_pipeline(path):
+            pipeline_index(path)
+            return path
         for part in ("transformer/config.json", "conditions.json"):
             if not (path / part).is_file():
                 raise ValueError(
                     f"{path} has no {part}; give {' or '.join(EMBEDDED)}, or a directory with "
-                    "transformer/ in diffusers' layout and conditions.json"
+                    "transformer/ in diffusers' layout and conditions.json, or of a whole pipeline "
+                    f"with model_index.json; or the hub id {' or '.join(PUBLISHED)}"
                 )
         return path
 
@@ -100,6 +128,27 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
     def published(self) -> bool:
         """Whether ``checkpoint`` is a published pipeline's hub id and no directory here."""
         return self.checkpoint in PUBLISHED and not Path(self.checkpoint).is_dir()
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether it is a text-to-video pipeline, published or a directory here."""
+        from rollout.policies.wan_pipeline import is_pipeline
+
+        own = self.checkpoint not in EMBEDDED and is_pipeline(Path(self.checkpoint))
+        return self.published or own
+
+    @property
+    def networks(self) -> int:
+        """Transformers that train: of Wan2.2's pipelines 2.
+
+        Raises:
+            ValueError: see ``sizes``.
+        """
+        if self.published:
+            return 2 if self.checkpoint in TWO_NETWORKS else 1
+        from rollout.policies.wan_pipeline import network_names, pipeline_index
+
+        return len(network_names(pipeline_index(self.directory()))) if self.pipeline else 1
 
     def sizes(self) -> dict[str, Any]:
         """The keys of ``transformer/config.json``, without the weights.
@@ -115,6 +164,19 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
             return PUBLISHED[self.checkpoint]
         return json.loads((self.directory() / "transformer" / "config.json").read_text())
 
+    def video_latent(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of a pipeline's sample in its VAE's latents.
+
+        Raises:
+            ValueError: see ``sizes``; or its VAE does not divide height, width or frames.
+        """
+        from rollout.policies.wan_pipeline import PUBLISHED_VAE, latent_shape
+
+        if self.published:
+            return latent_shape(PUBLISHED_VAE, self)
+        vae = self.directory() / "vae" / "config.json"
+        return latent_shape(json.loads(vae.read_text()), self)
+
     def linear_names(self) -> list[str]:
         """Names of the linear layers an adapter can go on, without building the network.
 
@@ -124,35 +186,47 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
         return wan_linear_names(self.sizes()["num_layers"])
 
     def prepare(self) -> Path:
-        """Make the weights available on this machine (trains an embedded model once)."""
+        """Make the weights available on this machine: train an embedded model, download a published.
+
+        Raises:
+            ValueError: see ``directory``; or a pipeline that cannot be downloaded.
+        """
         if self.checkpoint in EMBEDDED:
             from rollout.policies.digits import ensure_base
 
             return ensure_base(self.checkpoint)
+        if self.published:
+            from rollout.policies.wan_pipeline import snapshot
+
+            return snapshot(self.checkpoint, download=True)
         return self.directory()
 
-    def build(self, device: str = "cpu", seed: int = 0, reference: bool = False) -> WanPolicy:
+    def build(self, device: str = "cpu", seed: int = 0, reference: bool = False) -> FlowPolicy:
         """The policy on ``device``.
 
         Args:
             device: torch device.
             seed: starts a new adapter.
             reference: keep what ``FlowPolicy.reference`` needs (a frozen copy, if all trains).
+
+        Raises:
+            ValueError: see ``prepare``.
         """
+        if self.pipeline:
+            from rollout.policies.wan_pipeline import WanPipelinePolicy
+
+            return WanPipelinePolicy(self, self.prepare(), device, seed, reference)
         return WanPolicy(self, self.prepare(), device, seed, reference)
 
+    def conditional(self, device: str = "cpu", seed: int = 0) -> WanPolicy:
+        """The policy of a class-conditional model, which students are made of.
 
-def wan_linear_names(num_layers: int) -> list[str]:
-    """The names of all linear layers of a text-to-video ``WanTransformer3DModel``."""
-    heads = ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
-    heads += ["text_embedder.linear_1", "text_embedder.linear_2"]
-    block = [f"{a}.{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out.0")]
-    block += ["ffn.net.0.proj", "ffn.net.2"]
-    return (
-        [f"condition_embedder.{name}" for name in heads]
-        + [f"blocks.{i}.{name}" for i in range(num_layers) for name in block]
-        + ["proj_out"]
-    )
+        Raises:
+            ValueError: a text-to-video pipeline; see ``directory``.
+        """
+        if self.pipeline:
+            raise ValueError(f"{self.checkpoint}: {UNDISTILLED}")
+        return WanPolicy(self, self.prepare(), device, seed, reference=False)
 
 
 class WanPolicy(FlowPolicy):
@@ -193,41 +267,14 @@ class WanPolicy(FlowPolicy):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """See ``FlowPolicy``."""
-        batch = len(x)
-        if self.device.type == "cpu" and batch < CPU_BATCH:
-            repeat = torch.arange(CPU_BATCH) % batch
-            x, t, condition = x[repeat], t[repeat], condition[repeat]
-        half = self.config.dtype == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            (velocity,) = self.network(
-                hidden_states=x,
-                timestep=(t * 1000).floor() if self.whole_timesteps else t * 1000,
-                encoder_hidden_states=condition,
-                return_dict=False,
-            )
-        return velocity[:batch].float()
+        times = network_times(t, self.whole_timesteps)
+        return network_velocity(self.network, x, times, condition, self.config.dtype)
 
     def features(
         self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
     ) -> list[Tensor]:
         """See ``FlowPolicy``; one place a patch."""
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Callable[..., None]:
-            return lambda module, inputs, output: found.update({layer: output})
-
-        hooks = [
-            self.network.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)
-        ]
-        try:
-            self.velocity(x, t, condition)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sizes = zip(x.shape[2:], self.network.config["patch_size"], strict=True)
-        grid = [size // patch for size, patch in sizes]
-        tokens = [found[layer][: len(x)].float() for layer in layers]
-        return [hidden.transpose(1, 2).unflatten(2, grid) for hidden in tokens]
+        return network_features(self.network, x, layers, lambda: self.velocity(x, t, condition))
 
     def pixels(self, x: Tensor) -> Tensor:
         """Pixels are the latents: [-1, 1] to [0, 1], channels last."""
@@ -272,49 +319,6 @@ class WanPolicy(FlowPolicy):
         )
         pipeline.save_config(directory)
         scheduler.save_pretrained(directory / "scheduler")
-
-
-def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, seed: int) -> Any:
-    """Set what trains: a Gaussian-initialised adapter, or everything.
-
-    Raises:
-        ValueError: an adapter target that matches no layer.
-    """
-    transformer.train()
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return set_trainable(transformer, config.lora, config.dtype, config.checkpoint, seed)
-
-
-def save_transformer(
-    transformer: Any,
-    weights: Mapping[str, Tensor],
-    directory: Path,
-    adapter: bool,
-    name: str = "transformer",
-) -> None:
-    """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them, under ``name``.
-
-    The values come from ``weights``, not from the module, whose parameters may be sharded.
-    """
-    values = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if adapter:
-        from diffusers import WanPipeline
-        from peft import get_peft_model_state_dict
-
-        layers: Any = get_peft_model_state_dict(transformer, state_dict=values)
-        # Without the adapter's own metadata a loader assumes alpha = rank: another scale.
-        WanPipeline.save_lora_weights(
-            directory,
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )
-        return
-    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-    from safetensors.torch import save_file
-
-    transformer.save_config(directory / name)
-    save_file(values, directory / name / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
 def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], width: int) -> Tensor:

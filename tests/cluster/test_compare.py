@@ -103,6 +103,17 @@ def test_points_cost_what_they_say_and_raise_the_reward(run: tuple[Path, Recipe]
     assert trained[0].equivalents == row["cost/forwards"] + 2 * row["cost/backwards"]
 
 
+def test_an_adapter_of_another_base_is_not_put_on_this_one(run: tuple[Path, Recipe]) -> None:
+    """It is drawn by a policy of its own, and not under guidance."""
+    path, recipe = run
+    (one,) = opened([path], recipe)
+    with torch.no_grad():
+        frozen = next(p for p in one.source.policy.module.parameters() if not p.requires_grad)
+        frozen.add_(0.1)
+    points = measure(recipe, in_process(recipe), [one])
+    assert [p.method for p in points if p.policy == one.label] == [PLAIN]
+
+
 def test_a_workers_guided_samples_do_not_depend_on_its_jobs(run: tuple[Path, Recipe]) -> None:
     _, recipe = run
     pool = in_process(recipe).pool

@@ -15,7 +15,7 @@ from trl.rewards import think_format_reward
 
 from rewards.calling import call_reward
 from rewards.catalogue import RewardConfig
-from rewards.contract import SetMetric
+from rewards.contract import DifferentiableReward, SetMetric
 from rewards.plugins import FunctionReward
 
 MODULE = """
@@ -197,3 +197,21 @@ def test_reading_a_recipe_s_rewards_loads_no_heavy_library():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+class Brightness:
+    """A reward with both forms."""
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return [float(media.mean()) / 255 for media in completions]
+
+    def differentiable(self, prompts: list[str], pixels: Any, **columns: Any) -> Any:
+        return pixels.flatten(1).mean(1)
+
+
+def test_a_function_may_promise_a_gradient_and_must_have_it() -> None:
+    own = FunctionReward(path=f"{__name__}:Brightness", gradient=True)
+    assert own.has_gradient() and isinstance(own.build(), DifferentiableReward)
+    assert not FunctionReward(path=f"{__name__}:Brightness").has_gradient()
+    with pytest.raises(ValueError, match="no method differentiable"):
+        FunctionReward(path="json:dumps", gradient=True).build()

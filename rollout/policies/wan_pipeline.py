@@ -1,0 +1,273 @@
+"""Published Wan text-to-video pipelines (2.1, 2.2) as flow policies.
+
+A directory as stock ``WanPipeline`` reads it: ``model_index.json``, ``transformer/`` (of Wan2.2 also
+``transformer_2/``, with ``boundary_ratio``), ``vae/``, ``text_encoder/``, ``tokenizer/``,
+``scheduler/``. The transformers train; text encoder and VAE are frozen and read when first used. With
+stock's sigmas and Euler steps, samples are stock's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rollout.policies.base import FlowPolicy
+from rollout.policies.wan_network import (
+    network_features,
+    network_times,
+    network_velocity,
+    prepare_transformer,
+    save_transformer,
+)
+from rollout.policies.wan_text import PromptEmbeddings
+
+if TYPE_CHECKING:
+    from rollout.policies.wan import WanConfig
+
+INDEX = "model_index.json"
+NETWORKS = ("transformer", "transformer_2")
+COMPONENTS = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+# The VAE of the published sizes, by the keys of its config.
+PUBLISHED_VAE: dict[str, int] = {"z_dim": 16}
+
+
+def is_pipeline(directory: Path) -> bool:
+    """Whether it is a pipeline with a text encoder; class-conditional models have conditions.json."""
+    return (directory / INDEX).is_file() and not (directory / "conditions.json").is_file()
+
+
+def pipeline_index(directory: Path) -> dict[str, Any]:
+    """``model_index.json``, after a look at the components it needs.
+
+    Raises:
+        ValueError: another pipeline than text to video, or one with a component missing.
+    """
+    index: dict[str, Any] = json.loads((directory / INDEX).read_text())
+    if index["_class_name"] != "WanPipeline" or index.get("expand_timesteps"):
+        found = (
+            f"{index['_class_name']}{', expand_timesteps' * bool(index.get('expand_timesteps'))}"
+        )
+        raise ValueError(
+            f"{directory} is no text-to-video WanPipeline of Wan 2.1 or 2.2 A14B ({found})"
+        )
+    names = network_names(index)
+    parts = dict.fromkeys(names, "config.json") | COMPONENTS
+    missing = [
+        f"{name}/{file}" for name, file in parts.items() if not (directory / name / file).is_file()
+    ]
+    if missing:
+        raise ValueError(
+            f"{directory} has no {', '.join(missing)}; copy or download it again, whole"
+        )
+    if len(names) > 1 and index.get("boundary_ratio") is None:
+        raise ValueError(f"{directory} has two transformers and no boundary_ratio in {INDEX}")
+    return index
+
+
+def network_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The transformers that a ``model_index.json`` lists."""
+    return NETWORKS if (index.get(NETWORKS[1]) or [None])[0] else NETWORKS[:1]
+
+
+def snapshot(name: str, download: bool) -> Path:
+    """The directory of the hub's pipeline ``name``; without ``download`` only if it is here already.
+
+    Raises:
+        ValueError: it is not here, and was not to be or could not be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [INDEX, *(f"{part}/*" for part in (*COMPONENTS, "transformer_2"))]
+    try:
+        found = snapshot_download(name, allow_patterns=patterns, local_files_only=not download)
+    except OSError as error:  # all of the hub's errors are
+        raise ValueError(
+            f"{name} is not on this machine: run 'hf download {name}' where the hub can be reached "
+            f"(HF_HUB_OFFLINE unset), or give the directory of a copy ({error})"
+        ) from error
+    return Path(found)
+
+
+def latent_shape(vae: Mapping[str, Any], config: WanConfig) -> tuple[int, int, int, int]:
+    """(channels, frames, height, width) of a sample in the latents of ``vae``, by its config.
+
+    Raises:
+        ValueError: frames or pixels that its compression does not divide.
+    """
+    time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    if (config.frames - 1) % time or config.height % (2 * space) or config.width % (2 * space):
+        raise ValueError(
+            f"{config.frames} frames of {config.width} x {config.height} do not fit {config.checkpoint}: "
+            f"frames must be 1 more than a multiple of {time}, width and height multiples of {2 * space}"
+        )
+    frames = (config.frames - 1) // time + 1
+    return vae["z_dim"], frames, config.height // space, config.width // space
+
+
+class _Two(nn.ModuleDict):
+    """Wan2.2's transformers, with the switch that one has for its adapter."""
+
+    def disable_adapters(self) -> None:
+        for network in self.values():
+            network.disable_adapters()  # pyright: ignore[reportCallIssue]
+
+    def enable_adapters(self) -> None:
+        for network in self.values():
+            network.enable_adapters()  # pyright: ignore[reportCallIssue]
+
+
+class WanPipelinePolicy(FlowPolicy):
+    """A text-to-video pipeline. Conditions are (B, 512, text_dim) embeddings of the prompts.
+
+    Attributes:
+        whole_timesteps: the network is fed ``floor(1000 t)``, as the published scheduler does; with an
+            Euler scheduler stock feeds it ``1000 t``.
+        boundary: of two transformers, the first serves timesteps from here up, the second below.
+    """
+
+    def __init__(
+        self, config: WanConfig, directory: Path, device: str, seed: int, reference: bool
+    ) -> None:
+        from diffusers import WanTransformer3DModel
+
+        index = pipeline_index(directory)
+        self.config, self.directory = config, directory
+        self.whole_timesteps = index["scheduler"][1] != "FlowMatchEulerDiscreteScheduler"
+        self.boundary: float = 1000 * (index.get("boundary_ratio") or 0.0)
+        vae = json.loads((directory / "vae" / "config.json").read_text())
+        self.latent_shape = latent_shape(vae, config)
+        networks: dict[str, Any] = {}
+        for offset, name in enumerate(network_names(index)):
+            network: Any = WanTransformer3DModel.from_pretrained(directory / name)
+            networks[name] = prepare_transformer(network, config, seed + offset)
+        first = networks["transformer"]
+        module: Any = first if len(networks) == 1 else _Two(networks)
+        super().__init__(module.to(device), adapted=config.lora is not None, reference=reference)
+        self.blocks = len(first.blocks)
+        self.width = first.config["num_attention_heads"] * first.config["attention_head_dim"]
+        self._embeddings = PromptEmbeddings(directory, config.dtype, self.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """See ``FlowPolicy``; any text is a prompt."""
+        return self._embeddings(prompts)
+
+    def encode_null(self, count: int) -> Tensor:
+        """The negative prompt's embedding."""
+        return self._embeddings([self.config.negative_prompt]).expand(count, -1, -1)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """See ``FlowPolicy``; of two transformers, rows go to their noise level's.
+
+        All that trains is then part of the graph, whichever rows there are, and gets its gradient
+        after the networks' backward pass, in one order: ZeRO adds up what ranks send in their order.
+        """
+        times = network_times(t, self.whole_timesteps)
+        nothing: Tensor | None = None
+        if isinstance(self.module, _Two) and torch.is_grad_enabled():
+            # Made before the forward, so that autograd comes to it last.
+            trained = [p.sum() for p in self.network.parameters() if p.requires_grad]
+            nothing = 0.0 * torch.stack(trained).sum() if trained else None
+
+        def run(network: Any, rows: Any) -> Tensor:
+            return network_velocity(
+                network, x[rows], times[rows], condition[rows], self.config.dtype
+            )
+
+        velocity = self._routed(times, run)
+        return velocity if nothing is None else velocity + nothing
+
+    def features(
+        self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """See ``FlowPolicy``; one place a patch, of two transformers the rows' own."""
+        times = network_times(t, self.whole_timesteps)
+
+        def run(network: Any, rows: Any) -> Tensor:
+            own = x[rows], times[rows], condition[rows], self.config.dtype
+            found = network_features(
+                network, own[0], layers, lambda: network_velocity(network, *own)
+            )
+            return torch.stack(found, 1)
+
+        return list(self._routed(times, run).unbind(1))
+
+    def _routed(self, times: Tensor, run: Callable[[Any, Any], Tensor]) -> Tensor:
+        """``run(network, rows)`` of each network on its rows, in their order."""
+        if not isinstance(self.module, _Two):
+            return run(self.network, slice(None))
+        high = times >= self.boundary
+        found = [
+            (rows, run(self.network[name], rows))
+            for name, rows in zip(NETWORKS, (high, ~high), strict=True)
+            if rows.any()
+        ]
+        order = torch.cat([rows.nonzero()[:, 0] for rows, _ in found]).argsort()
+        return torch.cat([values for _, values in found])[order]
+
+    @cached_property
+    def _vae(self) -> Any:
+        """In fp32, as published; decoded one sample and one tile (of 256 pixels) at a time."""
+        from diffusers import AutoencoderKLWan
+
+        vae: Any = AutoencoderKLWan.from_pretrained(self.directory / "vae")
+        vae.enable_slicing()
+        vae.enable_tiling()
+        return vae.eval().requires_grad_(False).to(self.device)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """See ``FlowPolicy``; tiles of a larger frame are blended, which stock does when asked to."""
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (
+            torch.tensor(self._vae.config[key], device=x.device).view(shape)
+            for key in ("latents_mean", "latents_std")
+        )
+        video = self._vae.decode(x.float() / (1.0 / std) + mean, return_dict=False)[0]
+        return (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> np.ndarray:
+        """See ``FlowPolicy``; one sample's pixels are held at a time."""
+        return np.concatenate([super(WanPipelinePolicy, self).decode(row) for row in x.split(1)])
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """What trained, for stock ``WanPipeline``.
+
+        An adapter is ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(directory)``;
+        that of a second transformer is in ``transformer_2/``, for ``load_lora_weights(directory /
+        "transformer_2", load_into_transformer_2=True)``. Whole transformers are written with
+        ``model_index.json`` and links to the components that did not train, where they are now: on
+        this machine ``WanPipeline.from_pretrained(directory)`` is the whole pipeline; elsewhere copy
+        with links followed (``cp -rL``).
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        if not isinstance(self.module, _Two):
+            self._save_network(directory, self.module, weights, "transformer")
+        else:
+            for name in self.module:
+                start = f"{name}."
+                own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+                self._save_network(directory, self.module[name], own, name)
+        if not self._adapted:
+            (directory / INDEX).write_text((self.directory / INDEX).read_text())
+            for part in set(COMPONENTS) - set(NETWORKS):
+                (directory / part).unlink(missing_ok=True)
+                (directory / part).symlink_to((self.directory / part).resolve())
+
+    def _save_network(
+        self, directory: Path, network: Any, weights: Mapping[str, Tensor], name: str
+    ) -> None:
+        place = directory / name if self._adapted and name != "transformer" else directory
+        save_transformer(network, weights, place, self._adapted, name)
