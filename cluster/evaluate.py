@@ -171,7 +171,11 @@ def _medium(policy: WanConfig | LladaConfig, place: object) -> str:
     if isinstance(policy, LladaConfig):
         return "text"
     try:
-        shape = json.loads((policy.prepare() / "conditions.json").read_text())["latent_shape"]
+        directory = policy.prepare()
+        if policy.pipeline:
+            shape = policy.video_latent()
+        else:
+            shape = json.loads((directory / "conditions.json").read_text())["latent_shape"]
     except (ValueError, OSError) as error:
         raise MeasureError(f"{place}: its model cannot be read, restore it: {error}") from error
     return "videos" if shape[1] > 1 else "images"
