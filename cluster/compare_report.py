@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ def write_comparison(
     rows = [_row(one, names) for one in summary]
     table = Table(f"{reward} and what a sample costs", head, rows)
     lines = break_even(summary, trained)
-    even = Table("Was training worth it", ["checkpoint", "against", "paid back after"], lines)
+    even = Table("Was training worth it", ["checkpoint", "against", "training is paid back"], lines)
     document = {
         "reward": reward,
         "points": [asdict(point) for point in points],
@@ -102,7 +102,29 @@ def write_comparison(
     }
     tables = [table, even] if lines else [table]
     figures = [(f"{reward} against cost, and what it costs beside", svg(chart))]
-    return save_page(directory, "compare", [head, *rows], tables, figures, [], files)
+    notes = [
+        f"{label} against {method}: training is paid back {paid}" for label, method, paid in lines
+    ]
+    measured = save_page(directory, "compare", [head, *rows], tables, figures, [], files)
+    return replace(measured, table=_brief(summary, reward, names), notes=notes)
+
+
+def _brief(summary: Sequence[Mapping[str, Any]], reward: str, names: Sequence[str]) -> Table:
+    """What fits a terminal."""
+    shown = names[:2]
+    head = ["policy", "method", "NFE", "equivalents", reward, *(s.split("/")[-1] for s in shown)]
+    rows = [
+        [
+            one["policy"],
+            one["method"],
+            f"{one['forwards']:.0f}",
+            f"{one['equivalents']:.0f}",
+            f"{one['reward']:.4f}",
+            *(f"{one['metrics'].get(name, math.nan):.3f}" for name in shown),
+        ]
+        for one in summary
+    ]
+    return Table(f"{reward} and what a sample costs", head, rows)
 
 
 def summarised(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -175,7 +197,7 @@ def _paid(
         return "never: the method is not dearer at its reward"
     if training is None:
         return f"unknown cost of training; saves {saved:.4g} evaluations a sample"
-    return f"{math.ceil(training / saved):,} samples"
+    return f"after {math.ceil(training / saved):,} samples"
 
 
 def cost_of_reward(curve: Sequence[Mapping[str, Any]], reward: float) -> float | None:

@@ -34,7 +34,7 @@ from rl.evaluate import Evaluation, Plans
 from rollout.masked import DecodePlan
 from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
 from rollout.policies.llada.policy import LladaConfig
-from rollout.policies.wan import WanConfig
+from rollout.policies.wan import EMBEDDED, WanConfig
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +170,14 @@ def _medium(policy: WanConfig | LladaConfig, place: object) -> str:
     """What a policy makes, before it is built."""
     if isinstance(policy, LladaConfig):
         return "text"
+    if policy.checkpoint in EMBEDDED:  # known without training it
+        return "videos" if policy.checkpoint == "moving-digits" else "images"
     try:
-        directory = policy.prepare()
         if policy.pipeline:
             shape = policy.video_latent()
         else:
-            shape = json.loads((directory / "conditions.json").read_text())["latent_shape"]
+            conditions = policy.directory() / "conditions.json"
+            shape = json.loads(conditions.read_text())["latent_shape"]
     except (ValueError, OSError) as error:
         raise MeasureError(f"{place}: its model cannot be read, restore it: {error}") from error
     return "videos" if shape[1] > 1 else "images"

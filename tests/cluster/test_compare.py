@@ -150,7 +150,7 @@ def test_break_even_is_interpolated_and_says_when_there_is_none() -> None:
     summary = [*curve, *weak, *cheap, summary_row("run", PLAIN, 1.0, 10)]
     trained = Trained("run", source=None, equivalents=9000, seconds=1.0)  # type: ignore[arg-type]
     assert break_even(summary, [trained]) == [
-        ["run", "svdd", "100 samples"],
+        ["run", "svdd", "after 100 samples"],
         ["run", "best_of_n", "at once: no budget tried reaches its reward"],
         ["run", "ntrk", "never: the method is not dearer at its reward"],
     ]
