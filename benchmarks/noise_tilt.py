@@ -156,7 +156,7 @@ def table(task: str, lines: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Reward against forward equivalents, and Fréchet distance against reward."""
+    """Minus the reward (it ends at 0) against forward equivalents, and Fréchet distance against it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4 * len(found)), layout="constrained")
@@ -166,7 +166,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
         for line in lines:
             family = line["label"].split(" ")[0] if "NTRK" not in line["label"] else line["label"]
             families.setdefault(family.split(" ρ")[0], []).append(line)
-        for family, own in families.items():
+        for place, (family, own) in enumerate(families.items()):
 
             def median(line: dict[str, Any], *path: str) -> float:
                 values: list[Any] = line["points"]
@@ -175,15 +175,17 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
                 return statistics.median(values)
 
             cost = [median(line, "work", "equivalents") for line in own]
-            reward = [median(line, "reward") for line in own]
+            reward = [-median(line, "reward") for line in own]
             distance = [median(line, "metrics", f"{HELD_OUT}/frechet") for line in own]
-            mark = "o-" if len(set(cost)) > 1 else "o"
-            panels[0].plot(cost, reward, mark, label=family, markersize=4)
-            panels[1].plot(reward, distance, "o-", label=family, markersize=4)
-        panels[0].set(
-            xscale="log", xlabel="forward equivalents a sample", ylabel="reward", title=task
-        )
-        panels[1].set(xlabel="reward", ylabel="Fréchet distance (held-out features)", title=task)
+            look: dict[str, Any] = {"color": f"C{place % 10}", "markersize": 4}
+            look["marker"] = "o" if place < 10 else "s"
+            line = "-" if len(set(cost)) > 1 else ""
+            panels[0].plot(cost, reward, linestyle=line, label=family, **look)
+            panels[1].plot(reward, distance, linestyle="-", **look)
+        below = "minus reward (lower is better)"
+        panels[0].set(xscale="log", yscale="log", ylabel=below, title=task)
+        panels[0].set(xlabel="forward equivalents a sample")
+        panels[1].set(xscale="log", xlabel=below, ylabel="Fréchet distance (held-out features)")
         panels[0].legend(frameon=False, fontsize=7)
     figure.savefig(OUT / "noise_tilt.png", dpi=120)
 

@@ -21,7 +21,7 @@ from cluster.report_distill import svg
 from recipes.schema import Recipe
 
 # The reward is what is followed; these sit beside it, where they were measured.
-BESIDE = ("/frechet", "/diversity", "/accuracy", "/mean")
+BESIDE = ("/accuracy", "/frechet", "/diversity", "/mean")
 COLUMNS = ("forwards", "equivalents", "decodes", "rewards", "reward_backwards", "fallbacks")
 
 
@@ -70,7 +70,7 @@ def write_comparison(
         MeasureError: the directory cannot be made or written.
     """
     summary = summarised(points)
-    names = beside(points)
+    names = beside(points, reward)
     head = [
         "policy",
         "method",
@@ -103,7 +103,7 @@ def write_comparison(
     tables = [table, even] if lines else [table]
     figures = [(f"{reward} against cost, and what it costs beside", svg(chart))]
     notes = [
-        f"{label} against {method}: training is paid back {paid}" for label, method, paid in lines
+        f"{label} against {method}: training is paid back: {paid}" for label, method, paid in lines
     ]
     measured = save_page(directory, "compare", [head, *rows], tables, figures, [], files)
     return replace(measured, table=_brief(summary, reward, names), notes=notes)
@@ -119,7 +119,7 @@ def _brief(summary: Sequence[Mapping[str, Any]], reward: str, names: Sequence[st
             one["method"],
             f"{one['forwards']:.0f}",
             f"{one['equivalents']:.0f}",
-            f"{one['reward']:.4f}",
+            f"{one['reward']:.4g}",
             *(f"{one['metrics'].get(name, math.nan):.3f}" for name in shown),
         ]
         for one in summary
@@ -152,11 +152,13 @@ def summarised(points: Sequence[Point]) -> list[dict[str, Any]]:
     return summary
 
 
-def beside(points: Sequence[Point]) -> list[str]:
-    """Metrics that are shown beside the reward: what was held out, distances, diversity."""
-    keys = [k for k in points[0].metrics if k.endswith(BESIDE)]
+def beside(points: Sequence[Point], reward: str) -> list[str]:
+    """Metrics that are shown beside ``reward``, the telling ones first: accuracy, distance, diversity of
+    what was held out, then means of other rewards."""
+    keys = [k for k in points[0].metrics if k.endswith(BESIDE) and k.split("/")[1] != reward]
     described = {k.rsplit("/", 1)[0] for k in keys if not k.endswith("/mean")}
-    return [k for k in keys if not (k.endswith("/mean") and k.rsplit("/", 1)[0] in described)]
+    kept = [k for k in keys if not (k.endswith("/mean") and k.rsplit("/", 1)[0] in described)]
+    return sorted(kept, key=lambda k: next(i for i, end in enumerate(BESIDE) if k.endswith(end)))
 
 
 def short(name: str) -> str:
@@ -166,7 +168,7 @@ def short(name: str) -> str:
 
 def _row(one: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     cells = [one["policy"], one["method"], str(one["budget"]), str(one["seeds"])]
-    cells += [f"{one['reward']:.4f}", f"{one['spread']:.4f}" if one["seeds"] > 1 else ""]
+    cells += [f"{one['reward']:.6g}", f"{one['spread']:.4g}" if one["seeds"] > 1 else ""]
     cells += [number(one[name]) for name in COLUMNS] + [f"{1000 * one['seconds']:.1f}"]
     return cells + [number(one["metrics"].get(name)) for name in names]
 
@@ -264,7 +266,7 @@ def _lines(panel: Any, summary: Sequence[Mapping[str, Any]], x: Any, y: Any) -> 
         label = method if policy == BASE and method != PLAIN else f"{policy} {method}"
         mark = "*" if method == PLAIN else "o"
         panel.plot(
-            [x(s) for s in own], [y(s) for s in own], mark + "-", label=label, linewidth=1.3,
+            [x(s) for s in own], [y(s) for s in own], marker=mark, label=label, linewidth=1.3,
             color=COLORS[place % len(COLORS)], markersize=9 if mark == "*" else 4,
             linestyle="-" if place < len(COLORS) else "--",
         )  # fmt: skip

@@ -15,8 +15,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.compare import BASE, PLAIN, Cells, Trained, in_process, measure, opened
-from cluster.compare_report import break_even, cost_of_reward, summarised, write_comparison
+from cluster.compare import BASE, PLAIN, Cells, Point, Trained, in_process, measure, opened
+from cluster.compare_report import (
+    beside,
+    break_even,
+    cost_of_reward,
+    short,
+    summarised,
+    write_comparison,
+)
 from cluster.guided import term
 from cluster.launch import run_locally
 from cluster.run import describe
@@ -232,3 +239,16 @@ def test_on_ray_served_rewards_give_the_numbers_of_local_ones(
     assert [p["reward"] for p in found[:3]] == [p.reward for p in local]
     assert found[1]["work"] == local[1].work
     assert "Against inference-time alignment" in (path / "report.html").read_text()
+
+
+def test_what_tells_of_hacking_comes_first_and_the_reward_itself_is_not_repeated() -> None:
+    names = ["digit_log_prob/mean", "ink/mean", "digit_held_out/mean", "digit_held_out/std"]
+    names += ["digit_held_out/diversity", "digit_held_out/frechet", "digit_held_out/accuracy"]
+    metrics = {f"evaluation/{name}": 0.0 for name in names}
+    point = Point(BASE, PLAIN, 8, 0, 0.0, {}, 0.0, metrics)
+    assert [short(name) for name in beside([point], "digit_log_prob")] == [
+        "digit_held_out/accuracy",
+        "digit_held_out/frechet",
+        "digit_held_out/diversity",
+        "ink/mean",
+    ]
