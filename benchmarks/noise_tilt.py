@@ -73,7 +73,7 @@ class Bench:
 
     def points(self, method: dict[str, Any] | None, budget: int, seed: int) -> dict[str, Any]:
         """One point; without a method the plain sampler."""
-        from cluster.compare import BASE, Cells, methods_of
+        from cluster.compare import BASE, Cells
 
         key = [self.task, method, budget, seed, self.samples]
         known = [json.loads(row) for row in RUNS.read_text().splitlines()] if RUNS.exists() else []
@@ -90,7 +90,7 @@ class Bench:
         recipe = type(self.recipe).model_validate(document)
         cells, pool = Cells(recipe, self.parts.scorer, seed), self.parts.pool
         if method:
-            (point,) = cells.guided(pool, BASE, methods_of(recipe))
+            (point,) = cells.guided(pool, BASE, recipe.comparison.methods)
         else:
             point = cells.plain(pool, BASE)
         row = {"key": key, **asdict(point)}

@@ -46,14 +46,12 @@ def compare(
 
     try:
         checked = _recipe(recipe, overrides or [])
-        changed = {"budgets": tuple(budget or ()), "samples": samples}
-        chosen = {name: value for name, value in changed.items() if value}
-        asked = checked.comparison.model_copy(update=chosen)
+        from cluster.compare import settled
         from cluster.compare_report import run_comparison
 
         with err.status("starting Ray") as status:
             measured = run_comparison(
-                checked.model_copy(update={"compare": asked}),
+                settled(checked, budget or [], samples),
                 checkpoint or [],
                 to,
                 report,

@@ -156,7 +156,7 @@ def measure(
         cells = Cells(recipe, parts.scorer, seed, tell)
         parts.pool.load(untrained)
         points.append(cells.plain(parts.pool, BASE))
-        points += cells.guided(parts.pool, BASE, methods_of(recipe))
+        points += cells.guided(parts.pool, BASE, recipe.comparison.methods)
         for one in trained:
             same = _same_network(one.source, base)
             pool = parts.pool if same else OpenedPool(one.source)
@@ -164,17 +164,24 @@ def measure(
                 pool.load(pack(to_arrays(one.source.policy.trainable()), 1))
             points.append(cells.plain(pool, one.label, one.source.plan))
             if same:
-                leaning = [m for m in methods_of(recipe) if isinstance(m, NTRK)]
+                leaning = [m for m in recipe.comparison.methods if isinstance(m, NTRK)]
                 points += cells.guided(pool, one.label, leaning)
     return points
 
 
-def methods_of(recipe: Recipe) -> list[AnyMethod]:
-    """Those of the recipe; of the default ones, those that its reward allows."""
+def settled(recipe: Recipe, budgets: Sequence[int], samples: int | None) -> Recipe:
+    """The recipe with its comparison written out.
+
+    Args:
+        recipe: of default methods, those that its reward allows stay.
+        budgets, samples: instead of the comparison's own, where there are any.
+    """
     methods: list[AnyMethod] = list(recipe.comparison.methods)
-    if recipe.compare is not None or gradient_of(recipe):
-        return methods
-    return [method for method in methods if not getattr(type(method), "differentiable", False)]
+    if recipe.compare is None and not gradient_of(recipe):
+        methods = [m for m in methods if not getattr(type(m), "differentiable", False)]
+    asked = {"methods": tuple(methods), "budgets": tuple(budgets), "samples": samples}
+    changed = {name: value for name, value in asked.items() if value}
+    return recipe.model_copy(update={"compare": recipe.comparison.model_copy(update=changed)})
 
 
 def plain_evaluations(recipe: Recipe) -> int:

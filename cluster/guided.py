@@ -30,11 +30,11 @@ class Guide:
         wanted = recipe.comparison.reward
         configs = [c for c in recipe.rewards if wanted in (None, c.name or c.kind)]
         rewards = RewardSum([term(config, served) for config in configs])
-        self.text = not isinstance(policy, FlowPolicy)
-        if self.text:
-            self.sampler: Any = GuidedText(sampler.config, policy, rewards.of)
-        else:
+        self.sampler: Any
+        if isinstance(policy, FlowPolicy):
             self.sampler = GuidedSampler(sampler.config, policy, FlowTilt(policy, rewards))
+        else:
+            self.sampler = GuidedText(sampler.config, policy, rewards.of)
 
     def sample(
         self, groups: Sequence[Group], method: AnyMethod

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.compare import BASE, PLAIN, Cells, Point, Trained, in_process, measure, opened
+from cluster.compare import BASE, PLAIN, Cells, Point, Trained, in_process, measure, opened, settled
 from cluster.compare_report import (
     beside,
     break_even,
@@ -252,3 +252,15 @@ def test_what_tells_of_hacking_comes_first_and_the_reward_itself_is_not_repeated
         "digit_held_out/diversity",
         "ink/mean",
     ]
+
+
+def test_default_methods_are_those_that_the_reward_allows(
+    digits_recipe: Callable[..., Recipe],
+) -> None:
+    """And they run: a reward without a gradient, no ``compare`` in the recipe, options given."""
+    recipe = settled(digits_recipe("rewards=[{kind: ink}]", "rollout.steps=3"), [3], 4)
+    kinds = ["best_of_n", "svdd", "smc"]
+    assert [m.kind for m in recipe.comparison.methods] == kinds
+    assert [p.method for p in measure(recipe, in_process(recipe))] == [PLAIN, *kinds]
+    kept = settled(digits_recipe(), [], None).comparison
+    assert [m.kind for m in kept.methods] == [*kinds, "dps", "ntrk"] and kept.budgets == ()

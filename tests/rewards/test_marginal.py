@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -135,8 +136,12 @@ def test_what_is_no_pair_of_distributions_is_refused(
 
 
 def test_rounding_within_a_millionth_is_accepted_and_a_class_neither_has_is_fine():
-    Marginal(target=(0.1000001, *EVEN[1:]), base=EVEN)
-    Marginal(target=POINT, base=(0.0, 0.0, 0.5, 0.5) + (0.0,) * 6)
+    assert Marginal(target=(0.1000001, *EVEN[1:]), base=EVEN).target[0] == 0.1000001
+    narrow = Marginal(target=POINT, base=(0.0, 0.0, 0.5, 0.5) + (0.0,) * 6).build()
+    completions, labels = media(40)
+    scores = narrow([""] * 40, completions)
+    threes = [s for s, label in zip(scores, labels, strict=True) if label == 3 and s is not None]
+    assert threes and max(threes) == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_other_media_are_refused():
