@@ -9,8 +9,8 @@ decodes at 0, where all candidates would be the same text) and need no gradient:
                 particles gather weight by a potential, and are resampled within their sample
                 (systematically, when ESS < N/2; without that log-weights accumulate)
 
-The potentials of a particle multiply to ``exp(lam r_K)``, K its last block, so that its law tends to
-``p(x) exp(lam r(x))``, p being what the sampler draws from, as N grows. (What is not scored counts as
+The potentials of a particle multiply to ``exp(r_K / beta)``, K its last block, so that its law tends to
+``p(x) exp(r(x) / beta)``, p being what the sampler draws from, as N grows. (What is not scored counts as
 -inf: a particle whose look ahead is not does not survive a resampling.) Noise belongs to slots, not
 to particles: copies of a particle go on differently. The first candidate of a sample is the plain
 sampler's completion.
@@ -73,15 +73,15 @@ class TextSMC(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["smc"] = "smc"
     particles: int = Field(default=8, ge=1, description="Particles N of each completion returned.")
-    lam: float = Field(
-        default=10.0,
+    beta: float = Field(
+        default=0.1,
         gt=0,
-        description="Strength: the law is p(x) exp(lam r(x)) for many particles.",
+        description="Temperature of the tilt: the law is p(x) exp(r(x) / beta) for many particles.",
     )
     potential: Potential = Field(
         default="diff",
-        description="Weight after block k: exp of lam times r_k - r_{k-1}, the highest reward so "
-        "far, or the sum of them; the last one corrects the product to exp(lam r).",
+        description="Weight after block k: exp of 1 / beta times r_k - r_{k-1}, the highest "
+        "reward so far, or the sum of them; the last one corrects the product to exp(r / beta).",
     )
     select: Literal["best", "sample"] = Field(
         default="best", description="Return the highest reward, or one drawn by weight."
@@ -254,7 +254,7 @@ class _Particles:
         """
         method, n = self.method, self.method.particles
         self.history = torch.cat([self.history, rewards[None]])
-        product = log_product(self.history, method.potential, method.lam)
+        product = log_product(self.history, method.potential, 1 / method.beta)
         ancestors = torch.arange(n).repeat(len(self.seeds), 1)
         for i in going.nonzero()[:, 0].tolist():
             weights = normalised(product[i] - self.before[i])
@@ -269,7 +269,7 @@ class _Particles:
         """The particle (samples,) that each sample returns."""
         if self.method.select == "best":
             return self.history[-1].argmax(1)
-        logs = self.method.lam * self.history[-1] - self.before
+        logs = self.history[-1] / self.method.beta - self.before
         drawn = [
             torch.multinomial(normalised(row), 1, generator=keyed_generator(seed, "selection"))
             for row, seed in zip(logs, self.seeds, strict=True)

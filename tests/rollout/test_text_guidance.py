@@ -127,7 +127,7 @@ def test_smc_draws_from_the_tilted_law_as_particles_grow_in_number(potential: An
     """Chi-square at 99.9 % of 1,000 draws of 64 particles; of 4, and of other tilts, far off."""
     few, many = (
         guided(
-            TextSMC(particles=n, lam=LAM, potential=potential, select="sample"),
+            TextSMC(particles=n, beta=1 / LAM, potential=potential, select="sample"),
             groups_of("0", size=1000),
             **BY_LETTER,
             batch_size=6400,
@@ -231,7 +231,7 @@ def test_copies_of_a_particle_go_on_with_their_own_noise():
         calls.append(list(texts))
         return np.array([float(text.startswith("a")) for text in texts])
 
-    method = TextSMC(particles=64, lam=50, select="sample")
+    method = TextSMC(particles=64, beta=1 / 50, select="sample")
     config: Config = {"length": 4, "block_length": 1, "steps": 4, "batch_size": 64}
     guided(method, groups_of("0"), policy, scores, **config)
     began = [{text[:1] for text in texts} for texts in calls]
@@ -262,7 +262,7 @@ def test_particles_are_resampled_by_what_their_own_paths_gathered(potential: Any
 
     n, (group,) = 16, groups_of("0")
     lam = 8 if potential == "diff" else 3
-    method = TextSMC(particles=n, lam=lam, potential=potential)
+    method = TextSMC(particles=n, beta=1 / lam, potential=potential)
     config: Config = {"length": 6, "block_length": 1, "steps": 6}
     policy = TablePolicy(table, "abcd", eos=5, mask=4)
     (rollout,), _ = guided(method, [group], policy, scores, **config)
@@ -298,7 +298,7 @@ def test_steps_of_decoding_belong_to_the_text_that_is_returned():
     policy, groups = TablePolicy(table, "ab", eos=2, mask=3), groups_of("0", size=8)
     config: Config = {"length": 8, "block_length": 2, "steps": 8, "remasking": "random"}
 
-    (rollout,), _ = guided(TextSMC(particles=8, lam=20), groups, policy, hash_scores, **config)
+    (rollout,), _ = guided(TextSMC(particles=8, beta=1 / 20), groups, policy, hash_scores, **config)
     assert len(set(rollout.media)) > 2
     for text, steps in zip(rollout.media, rollout.replay.decode_step.tolist(), strict=True):
         assert steps == [2 * (i // 2) + "ab".index(letter) for i, letter in enumerate(text)]
@@ -306,9 +306,9 @@ def test_steps_of_decoding_belong_to_the_text_that_is_returned():
 
 METHODS: list[TextBestOfN | TextSMC] = [
     TextBestOfN(samples=4),
-    TextSMC(particles=5, lam=3),
-    TextSMC(particles=5, lam=3, potential="add", select="sample"),
-    TextSMC(particles=5, lam=3, potential="max", select="sample"),
+    TextSMC(particles=5, beta=1 / 3),
+    TextSMC(particles=5, beta=1 / 3, potential="add", select="sample"),
+    TextSMC(particles=5, beta=1 / 3, potential="max", select="sample"),
 ]
 
 
@@ -353,7 +353,7 @@ def test_texts_are_scored_for_their_own_group():
     policy.encode = lambda prompts: [torch.tensor(["abcd".index(p)]) for p in prompts]
     config: Config = {"length": 4, "block_length": 1, "steps": 4}
     groups = groups_of(*"abcd", size=4)
-    method = TextSMC(particles=32, lam=8)
+    method = TextSMC(particles=32, beta=1 / 8)
     for rollout in guided(method, groups, policy, scores, **config)[0]:
         assert rollout.media == [rollout.group.prompt * 4] * 4
 
@@ -380,9 +380,11 @@ def test_golden_products_of_potentials():
 def test_methods_are_told_by_their_kind():
     adapter: TypeAdapter[Any] = TypeAdapter(TextMethod)
     assert adapter.validate_python({"kind": "best_of_n", "samples": 3}) == TextBestOfN(samples=3)
-    made = adapter.validate_python({"kind": "smc", "particles": 2, "lam": 3, "potential": "add"})
-    assert made == TextSMC(particles=2, lam=3.0, potential="add")
-    for wrong in ({"kind": "smc", "lam": 0}, {"kind": "smc", "samples": 2}, {"kind": "beam"}):
+    made = adapter.validate_python(
+        {"kind": "smc", "particles": 2, "beta": 0.25, "potential": "add"}
+    )
+    assert made == TextSMC(particles=2, beta=0.25, potential="add")
+    for wrong in ({"kind": "smc", "beta": 0}, {"kind": "smc", "samples": 2}, {"kind": "beam"}):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
 
