@@ -39,7 +39,8 @@ from rollout.flow_sampler import FlowRollout
 from rollout.policies.base import FlowPolicy
 from rollout.policies.digits import moving_digits, training_digits, vocabulary
 from rollout.policies.two_step import TwoStepPolicy
-from rollout.policies.wan import EMBEDDED, WanPolicy
+from rollout.policies.wan import EMBEDDED
+from rollout.policies.wan_conditional import WanPolicy
 from rollout.prompts import DIRECTIONS
 
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)

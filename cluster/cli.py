@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli_audit import audit
 from cluster.cli_compare import compare
+from cluster.cli_env import env
 from cluster.cli_measure import curves, err, evaluate, out, refuse
 from cluster.doctor import diagnose, gpu_count
 from recipes.errors import RecipeError
@@ -39,7 +41,7 @@ def run(
     if recipe is None and resume is None:
         raise typer.BadParameter("give a RECIPE, or --resume RUN")
     source = recipe if recipe is not None else resume / "recipe.yaml"  # type: ignore[operator]
-    loaded = _checked(source, overrides, running=True)
+    loaded = _checked(source, overrides)
     from cluster.launch import ResumeError
     from cluster.launch import run as launch
     from cluster.learner_group import LearnerLost
@@ -67,7 +69,7 @@ def teacher(
     ] = None,
 ) -> None:
     """Draw a recipe's teacher samples into its store (rollout.store); goes on where it stopped."""
-    loaded = _checked(recipe, overrides, running=True, filling=True)
+    loaded = _checked(recipe, overrides, filling=True)
     from cluster.ray_cluster import ClusterError
     from cluster.teacher_store import fill
     from distill.store import StoreError
@@ -140,7 +142,7 @@ def sample(
     ] = None,
     video: Annotated[
         Literal["gif", "mp4"], typer.Option("--format", help="What videos become.")
-    ] = "gif",
+    ] = "mp4",
 ) -> None:
     """Draw samples from a checkpoint and write them as files."""
     from cluster.sample import SampleError, check_output, draw, open_checkpoint, write
@@ -173,7 +175,7 @@ def doctor() -> None:
     facts, wrong = diagnose()
     table = Table(show_header=False)
     for name, value in facts:
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     out.print(table)
     for line in wrong:
         err.print(line, highlight=False)
@@ -191,6 +193,7 @@ def schema() -> None:
 
 for verb in (compare, evaluate, curves, audit):
     app.command()(verb)
+app.add_typer(env, name="env")
 
 
 def main() -> None:
@@ -198,9 +201,7 @@ def main() -> None:
     app()
 
 
-def _checked(
-    path: Path, overrides: list[str] | None, running: bool = False, filling: bool = False
-) -> Loaded[AnyRecipe]:
+def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> Loaded[AnyRecipe]:
     from cluster.tracking import missing
     from recipes.check import check
     from recipes.schema import recipe_type
@@ -208,7 +209,7 @@ def _checked(
 
     try:
         loaded = load(path, recipe_type, overrides or [])
-        check(loaded, gpu_count(), filling, running)
+        check(loaded, gpu_count(), filling)
         absent = {kind: remedy for kind in loaded.value.tracking if (remedy := missing(kind))}
         if absent:
             raise RecipeError(

@@ -72,13 +72,16 @@ def _recipe(path: Path, overrides: list[str]) -> Recipe:
         RecipeError: it is not valid, or describes a distillation.
     """
     from recipes.check import check
+    from recipes.check_comparison import unreachable
     from recipes.schema import Recipe, recipe_type
     from recipes.source import load
 
     loaded = load(path, recipe_type, overrides)
-    check(loaded, gpu_count(), running=True)
+    check(loaded, gpu_count())
     if not isinstance(loaded.value, Recipe):
         problem = loaded.problem("distill", "a distillation follows no reward; compare its student "
                                  "by --checkpoint under a recipe with rewards")  # fmt: skip
         raise RecipeError([problem])
+    if problems := [loaded.problem(key, words) for key, words in unreachable(loaded.value)]:
+        raise RecipeError(problems)
     return loaded.value

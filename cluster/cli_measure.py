@@ -96,7 +96,7 @@ def _evaluator(path: Path, overrides: list[str]) -> AnyRecipe:
     from recipes.source import load
 
     loaded = load(path, recipe_type, overrides)
-    check(loaded, math.ceil(needed(loaded.value, "gpus")), filling=True, running=True)
+    check(loaded, math.ceil(needed(loaded.value, "gpus")), filling=True)
     return loaded.value
 
 

@@ -25,7 +25,7 @@ from cluster.local import LocalScorer
 from cluster.measured import Measured, MeasureError, Table, number, output_directory
 from cluster.opened import OpenedPool
 from cluster.sample import SampleError, open_checkpoint
-from recipes.schema import AnyRecipe, DistillRecipe, GroupsConfig, recipe_type
+from recipes.schema import AnyRecipe, DistillRecipe, GroupsConfig, PolicyConfig, recipe_type
 from recipes.source import load
 from rewards.calling import RewardFailed
 from rl.catalogue import build_algorithm
@@ -34,7 +34,6 @@ from rl.evaluate import Evaluation, Plans
 from rollout.masked import DecodePlan
 from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
 from rollout.policies.llada.policy import LladaConfig
-from rollout.policies.wan import EMBEDDED, WanConfig
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,10 @@ def evaluate_checkpoints(
     for one in found:
         if one.recipe is not None:
             _check(one.path, _medium(one.recipe.policy, one.path), recipe)
-    evaluation, scorer = evaluation_of(recipe), LocalScorer(recipe)
+    try:
+        evaluation, scorer = evaluation_of(recipe), LocalScorer(recipe)
+    except RewardFailed as error:
+        raise MeasureError(str(error)) from error
     rows: list[Row] = []
     for checkpoint, name in zip(found, _names(found), strict=True):
         tell(f"evaluating {checkpoint.path} ({len(rows) + 1} of {len(found)})")
@@ -166,21 +168,15 @@ def _check(path: Path, made: str, recipe: AnyRecipe) -> None:
         raise MeasureError(f"{what}; give a recipe for {made}")
 
 
-def _medium(policy: WanConfig | LladaConfig, place: object) -> str:
+def _medium(policy: PolicyConfig, place: object) -> str:
     """What a policy makes, before it is built."""
     if isinstance(policy, LladaConfig):
         return "text"
-    if policy.checkpoint in EMBEDDED:  # known without training it
-        return "videos" if policy.checkpoint == "moving-digits" else "images"
     try:
-        if policy.pipeline:
-            shape = policy.video_latent()
-        else:
-            conditions = policy.directory() / "conditions.json"
-            shape = json.loads(conditions.read_text())["latent_shape"]
+        frames = policy.latent()[1]
     except (ValueError, OSError) as error:
         raise MeasureError(f"{place}: its model cannot be read, restore it: {error}") from error
-    return "videos" if shape[1] > 1 else "images"
+    return "videos" if frames > 1 else "images"
 
 
 def _made(policy: FlowPolicy | MaskedDiffusionPolicy) -> str:

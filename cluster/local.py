@@ -26,6 +26,8 @@ from cluster.weights import Weights
 from cluster.workers import Failed, RewardWorker, RolloutWorker
 from recipes.schema import AnyRecipe
 from rewards.calling import Scores
+from rewards.catalogue import RewardConfig
+from rewards.serving import EnvironmentProcess
 from rl.contracts import Metrics, Plan, Sampled, Scored, Update
 from rl.items import micro_steps
 from rollout.draws import Group
@@ -52,13 +54,13 @@ class LocalRolloutPool:
 
 
 class LocalScorer:
-    """Every reward in this process."""
+    """Every reward in this process, or in a child of it where it has an environment."""
 
     def __init__(self, recipe: AnyRecipe) -> None:
-        threads = torch.get_num_threads()
+        """Raises RewardFailed: see ``rewards.serving.EnvironmentProcess``."""
         self.seconds = 0.0
-        self.training = [RewardWorker(config, threads) for config in recipe.rewards]
-        self.held_out = [RewardWorker(config, threads) for config in recipe.evaluation.rewards]
+        self.training = [_serve(config) for config in recipe.rewards]
+        self.held_out = [_serve(config) for config in recipe.evaluation.rewards]
 
     def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
         """See ``rl.contracts.Scorer``."""
@@ -88,6 +90,11 @@ class LocalScorer:
             for worker in [*self.training, *self.held_out]
             for key, value in worker.describe(prompts, columns, *media).items()
         }
+
+
+def _serve(config: RewardConfig) -> RewardWorker | EnvironmentProcess:
+    kind = RewardWorker if config.served_in is None else EnvironmentProcess
+    return kind(config, torch.get_num_threads())
 
 
 class LocalLearner:

@@ -1,4 +1,4 @@
-"""The pictures of a report: curves as SVG, sample grids as PNG."""
+"""The pictures of a report: curves as SVG, grids of samples as PNG, contact sheets as JPEG."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 Rows = Sequence[Mapping[str, Any]]
+FRAMES = 8  # that are shown of a video
+WIDEST = 2048  # pixels of a grid, without its lines
+SHEET = 1024  # pixels of a contact sheet
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#4b5563")
 
 
@@ -67,26 +70,82 @@ def timesteps(rows: Rows, quantities: Mapping[str, str]) -> bytes:
     return _render(figure, False)
 
 
-def sample_grid(media: np.ndarray, columns: int = 10, scale: int = 5) -> bytes:
-    """PNG of uint8 media (n, F, H, W, C); the frames of a video side by side."""
+def sample_grid(media: np.ndarray, columns: int | None = None, scale: int = 5) -> bytes:
+    """PNG of uint8 media (n, F, H, W, C), small ones enlarged up to ``scale`` times.
+
+    Of a video up to 8 evenly spaced frames lie side by side. What would be wider than ``WIDEST``
+    pixels is shrunk.
+
+    Args:
+        columns: media in a row, of videos half as many; by default 10, or as many videos as fit, from
+            2 to 5.
+    """
     from PIL import Image
 
-    count, frames, height, width, channels = media.shape
-    strips = media.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)
-    columns = min(columns if frames == 1 else max(columns // 2, 1), count)
-    rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height + 1) + 1, columns * (frames * width + 1) + 1, channels), 128, np.uint8
-    )
+    video, width = media.shape[1] > 1, media.shape[3]
+    media = media[:, _spaced(media.shape[1])]
+    count, frames = media.shape[:2]
+    if columns is None:
+        across = min(5, max(2, WIDEST // (frames * width))) if video else 10
+    else:
+        across = max(columns // 2, 1) if video else columns
+    across = min(across, count)
+    strips = _strips(media, max(1, WIDEST // (across * frames)))
+    height, wide, channels = strips.shape[1:]
+    rows = -(-count // across)
+    canvas = np.full((rows * (height + 1) + 1, across * (wide + 1) + 1, channels), 128, np.uint8)
     for i, strip in enumerate(strips):
-        y, x = i // columns * (height + 1) + 1, i % columns * (frames * width + 1) + 1
-        canvas[y : y + height, x : x + frames * width] = strip
+        y, x = i // across * (height + 1) + 1, i % across * (wide + 1) + 1
+        canvas[y : y + height, x : x + wide] = strip
     image = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
     scale = max(1, min(scale, 1600 // image.width))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def contact_sheet(video: np.ndarray) -> bytes:
+    """JPEG of up to 8 evenly spaced frames side by side, of uint8 (F, H, W, C), ``SHEET`` wide.
+
+    Small frames are enlarged by a whole factor as far as they fit.
+    """
+    from PIL import Image
+
+    chosen = video[None, _spaced(len(video))]
+    across = chosen.shape[1]
+    strip = _strips(chosen, SHEET // across)[0]
+    factor = max(1, SHEET // (across * max(video.shape[1:3])))
+    strip = strip.repeat(factor, axis=0).repeat(factor, axis=1)
+    image = Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
+
+
+def _spaced(frames: int) -> list[int]:
+    """Up to 8 evenly spaced of so many frames, the first and the last among them."""
+    return [int(i) for i in np.linspace(0, frames - 1, min(frames, FRAMES)).round()]
+
+
+def _strips(media: np.ndarray, widest: int) -> np.ndarray:
+    """Media (n, F, H, W, C) with their frames side by side, each at most so many pixels wide."""
+    count, frames, height, width, channels = media.shape
+    if width > widest:
+        flat = media.reshape(-1, height, width, channels)
+        height, width = max(1, round(height * widest / width)), widest
+        media = np.stack([_shrunk(frame, width, height) for frame in flat])
+        media = media.reshape(count, frames, height, width, channels)
+    return media.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)
+
+
+def _shrunk(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    from PIL import Image
+
+    gray = frame.shape[-1] == 1
+    image = Image.fromarray(frame[..., 0] if gray else frame)
+    small = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    return small[..., None] if gray else small
 
 
 def _figure() -> tuple[Any, Any]:

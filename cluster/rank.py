@@ -22,9 +22,16 @@ from rl.contracts import Update
 from rl.items import Item
 from rollout.policies.base import forwards_per_sample
 
+# What checkpoints append to the names of the weights that sample, where those lag.
+OLD = ".old"
+
 
 class LearnerRank:
-    """Applies optimiser steps. All ranks make the same calls in the same order."""
+    """Applies optimiser steps. All ranks make the same calls in the same order.
+
+    Attributes:
+        old: rank 0's fp32 weights that sample, where the algorithm's lag behind the trained ones.
+    """
 
     def __init__(self, recipe_json: str, rank: int, device: str, threads: int, engine: str) -> None:
         torch.set_num_threads(threads)
@@ -37,6 +44,8 @@ class LearnerRank:
         self.engine = build_engine(engine, module, recipe.optimizer, recipe.learner)
         total = recipe.steps * recipe.rl.epochs * recipe.rl.minibatches
         self.trained = Trained(self.engine, recipe.optimizer, total, rank)
+        weights = self.engine.weights() if self.algorithm.lags else {}
+        self.old = {n: t.clone().float() for n, t in weights.items()} if rank == 0 else {}
 
     def update(
         self, steps: Sequence[Sequence[Item]], micro_steps: Sequence[int], *replays: Any
@@ -60,6 +69,8 @@ class LearnerRank:
                 self.engine.backward(loss, last=i == count - 1)
                 tables.append(table)
             norms.append(self.trained.step())
+        if self.algorithm.lags:
+            self._follow()
         evaluations = self._evaluations(sum(micro_steps))
         reference = 1 if self.recipe.rl.kl_coefficient else 0
         return Update(
@@ -100,7 +111,10 @@ class LearnerRank:
 
     def publish(self, version: int, averaged: bool) -> tuple[Weights | None, Any]:
         """``(head without data, blob)`` on rank 0, two Nones elsewhere; every rank must call."""
-        tensors = self.trained.averaged if averaged else self.engine.weights()
+        if averaged:
+            tensors = self.trained.averaged
+        else:
+            tensors = self.old if self.algorithm.lags else self.engine.weights()
         if self.rank != 0:
             return None, None
         weights = pack(to_arrays(tensors), version)
@@ -108,7 +122,7 @@ class LearnerRank:
 
     def save(self, directory: Path) -> None:
         """Write the averaged weights in their library's layout and all that training resumes from."""
-        state = self.trained.state()
+        state = self.trained.state() | {f"{name}{OLD}": t for name, t in self.old.items()}
         if self.rank == 0:
             write_state(directory, {"": state})
             self.policy.save(directory / "policy", self.trained.averaged)
@@ -120,7 +134,16 @@ class LearnerRank:
             (batch,) = self._batches([], 1, ())
             return self.engine.forward(batch)[0]
 
-        self.trained.restore(read_state(directory, ("",))[""], empty)
+        state = read_state(directory, ("",))[""]
+        self.old = {name: state[f"{name}{OLD}"].to(old.device) for name, old in self.old.items()}
+        self.trained.restore({k: t for k, t in state.items() if not k.endswith(OLD)}, empty)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The weights that sample take their step towards the trained ones."""
+        weights, decay = self.engine.weights(), self.algorithm.old_decay(self.trained.steps)
+        for name, old in self.old.items():
+            old.lerp_(weights[name], 1 - decay)
 
     def _batches(self, items: Sequence[Item], count: int, replays: Sequence[Any]) -> Iterator[Any]:
         size = self.recipe.learner.micro_batch

@@ -1,4 +1,4 @@
-"""``report.html``: everything about a run in one file that needs nothing else."""
+"""``report.html``: everything about a run in one file; only large videos stay beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import yaml
 
@@ -22,6 +23,7 @@ TIMESTEP_PANELS = {
     "gradient_share": "share of gradient",
 }
 SHOWN = 12
+EMBEDDED = 12 * 2**20  # bytes of videos that a page holds; a third more as base64
 PHASES = {f"time/{name}": name for name in ("rollout", "reward", "learn", "sync")}
 # A run's chart against inference-time methods, where 'rectify compare --report' has put one.
 CHART = "compare.svg"
@@ -49,6 +51,7 @@ def write_report(run: Path) -> Path:
         figures=_figures(train, evaluations) + _comparison(run),
         evaluations=_table(evaluations),
         grids=_grids(run),
+        clips=_clips(run),
         texts=_texts(run),
         costs=_costs(train),
         warnings=_warnings(train) + warnings(evaluations, _watched(run)),
@@ -134,28 +137,74 @@ def _is(key: str, start: str, end: str) -> bool:
 
 
 def _grids(run: Path) -> list[tuple[str, str]]:
-    paths = sorted((run / "samples").glob("step_*/grid.png"))
-    chosen = paths[:1] + paths[1:][-1:]
+    """Samples of the first and the last evaluation, where no videos of them are kept."""
     return [
-        (
-            p.parent.name.replace("_", " "),
-            "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
-        )
-        for p in chosen
+        (_title(path.parent), _data("image/png", path.read_bytes()))
+        for path in _ends(run, "grid.png")
+        if not any(path.parent.glob("*.mp4"))
     ]
+
+
+class Clip(NamedTuple):
+    """A sample's video as a page shows it: addresses of its contact sheet and of itself."""
+
+    title: str
+    prompt: str
+    scores: dict[str, str]
+    sheet: str
+    video: str
+
+
+def _clips(run: Path) -> list[list[Clip]]:
+    """Videos of the first and the last evaluation, by sample.
+
+    Within the page as long as all of them fit ``EMBEDDED``, else where they lie beside it.
+    """
+    found = [sorted(first.parent.glob("*.mp4")) for first in _ends(run, "000_*.mp4")]
+    embedded = sum(path.stat().st_size for paths in found for path in paths) <= EMBEDDED
+    rows: dict[int, list[Clip]] = {}
+    for paths in found:
+        step = paths[0].parent.name
+        document = json.loads((run / "evaluation" / f"{step}.json").read_text())
+        for path in paths:
+            number = int(path.name.partition("_")[0])
+            sample = document["samples"][number]
+            beside = quote(path.relative_to(run).as_posix())
+            clip = Clip(
+                title=_title(path.parent),
+                prompt=sample["prompt"],
+                scores={name: _number(values[0]) for name, values in sample["scores"].items()},
+                sheet=_data("image/jpeg", path.with_suffix(".jpg").read_bytes()),
+                video=_data("video/mp4", path.read_bytes()) if embedded else beside,
+            )
+            rows.setdefault(number, []).append(clip)
+    return list(rows.values())
 
 
 def _texts(run: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """Completions of the first and the last evaluation."""
-    paths = sorted((run / "samples").glob("step_*/completions.jsonl"))
-    chosen = paths[:1] + paths[1:][-1:]
     return [
         (
-            path.parent.name.replace("_", " "),
+            _title(path.parent),
             [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:SHOWN]],
         )
-        for path in chosen
+        for path in _ends(run, "completions.jsonl")
     ]
+
+
+def _ends(run: Path, name: str) -> list[Path]:
+    """A file of samples of the first and of the last evaluation that has it."""
+    paths = sorted((run / "samples").glob(f"step_*/{name}"))
+    return paths[:1] + paths[1:][-1:]
+
+
+def _title(step: Path) -> str:
+    return step.name.replace("_", " ")
+
+
+def _data(kind: str, content: bytes) -> str:
+    """An address that holds what it leads to."""
+    return f"data:{kind};base64," + base64.b64encode(content).decode()
 
 
 def _table(evaluations: plots.Rows) -> dict[str, list[Any]]:

@@ -7,6 +7,7 @@ A chunk that kills the process every time is taken apart until the sample that d
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
 from rewards.calling import Failure, Scores
 from rewards.catalogue import RewardConfig
+from rewards.serving import EnvironmentServer, crossing, interpreter, process_variables
 from rl.contracts import Metrics, Sampled, Scored
 
 logger = logging.getLogger(__name__)
@@ -59,17 +61,12 @@ class RayScorer:
 
     def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
-        actor: Any = ray.remote(RewardWorker)
-        cpu_only = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         replicas = [
-            actor.options(
-                num_cpus=config.cpus,
-                num_gpus=config.gpus,
-                name=f"{recipe.name}-reward-{name}-{index}",
-                max_restarts=-1,
-                max_task_retries=config.retries,
-                runtime_env=None if config.gpus else cpu_only,
-            ).remote(config, max(int(config.cpus), 1), f"{log_dir}/reward-{name}-{index}.log")
+            _actor(
+                config,
+                f"{recipe.name}-reward-{name}-{index}",
+                f"{log_dir}/reward-{name}-{index}.log",
+            )
             for index in range(config.replicas)
         ]
         return _Served(config, replicas)
@@ -186,6 +183,39 @@ class RemoteScore:
         except LOST as error:
             raise ConnectionError(f"a reward actor was lost: {error}") from error
         return scores
+
+
+def _actor(config: RewardConfig, name: str, log: str) -> Any:
+    """A replica.
+
+    Raises:
+        RewardFailed: the reward's environment is missing.
+    """
+    threads = max(int(config.cpus), 1)
+    kind: Any = RewardWorker
+    arguments: tuple[Any, ...] = (config, threads, log)
+    runtime: dict[str, Any] | None = None
+    if config.served_in is not None:
+        kind = EnvironmentServer
+        arguments = (*crossing(config), log)
+        runtime = {
+            # Ray hands it to a shell.
+            "py_executable": shlex.quote(str(interpreter(config))),
+            "env_vars": process_variables(config, threads),
+        }
+    elif not config.gpus:
+        # Ray leaves all GPUs visible to an actor that asked for none.
+        runtime = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    actor: Any = ray.remote(kind)
+    options: Any = actor.options(
+        num_cpus=config.cpus,
+        num_gpus=config.gpus,
+        name=name,
+        max_restarts=-1,
+        max_task_retries=config.retries,
+        runtime_env=runtime,
+    )
+    return options.remote(*arguments)
 
 
 def _failed(

@@ -19,8 +19,8 @@ import yaml
 
 from cluster import checkpoints
 from cluster.checkpoints import Checkpoint
+from cluster.media import write_evaluated
 from cluster.monitors import learns_from_itself, recursion_metrics, warnings
-from cluster.plots import sample_grid
 from cluster.progress import Progress
 from cluster.tracking import MetricsFile, Tracker
 from recipes.schema import AnyRecipe
@@ -150,7 +150,8 @@ class RunDirectory:
         directory.mkdir(parents=True, exist_ok=True)
         media = [self.fetch(group.sample.media) for group in scored]
         if isinstance(media[0], np.ndarray):
-            (directory / "grid.png").write_bytes(sample_grid(np.concatenate(media)))
+            prompts = [group.sample.group.prompt for group in scored]
+            write_evaluated(directory, np.concatenate(media), prompts)
             return
         lines = [
             json.dumps(
@@ -187,6 +188,7 @@ class RunDirectory:
         return {
             f"idle/{kind}": max(0.0, 1 - metrics.get(f"busy/{kind}", 0.0) / (wall * count))
             for kind, count in actors.items()
+            if count
         }
 
     def _add_costs(self, metrics: Metrics) -> None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from cluster import checkpoints
 from cluster.checkpoints import Checkpoint
 from cluster.jobs import partition
-from cluster.plots import sample_grid
+from cluster.media import VideoFormat, write_media, write_texts
 from cluster.trained import STATE_FILE
 from cluster.weights import WeightsMismatch, bind, pack
 from cluster.workers import sampler_of
@@ -39,9 +38,6 @@ from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
 from rollout.policies.llada.policy import LladaConfig
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
-
-FRAMES_PER_SECOND = 8
-MP4_SIDE = 64  # pixels that the shorter side has at least: players refuse less
 
 STUDENT = "student:"  # of a distillation's networks, the one that is sampled
 Policy = FlowPolicy | MaskedDiffusionPolicy
@@ -283,7 +279,7 @@ def _plan(source: Source, steps: int | None, temperature: float | None) -> Plain
     return plan
 
 
-def check_output(directory: Path | None, video: str) -> None:
+def check_output(directory: Path | None, video: VideoFormat) -> None:
     """Refuse what could not be written, before anything is drawn.
 
     Raises:
@@ -293,11 +289,11 @@ def check_output(directory: Path | None, video: str) -> None:
         raise SampleError(f"{directory} is not empty; give --out a new directory")
     if directory is not None and directory.is_file():
         raise SampleError(f"{directory} is a file; give --out a new directory")
-    if video == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise SampleError("--format mp4 is not installed: pip install imageio-ffmpeg, or take gif")
+    if video == "mp4" and importlib.util.find_spec("av") is None:
+        raise SampleError("--format mp4 needs the package 'av': pip install av, or take gif")
 
 
-def write(drawn: Drawn, directory: Path | None, video: Literal["gif", "mp4"] = "gif") -> Path:
+def write(drawn: Drawn, directory: Path | None, video: VideoFormat = "mp4") -> Path:
     """Write the samples and ``samples.json``; returns the directory.
 
     Args:
@@ -309,11 +305,17 @@ def write(drawn: Drawn, directory: Path | None, video: Literal["gif", "mp4"] = "
     """
     check_output(directory, video)
     directory = _new_directory(drawn.source.home, directory)
-    if isinstance(drawn.source.policy, MaskedDiffusionPolicy):
-        files = _write_texts(drawn, directory)
-    else:
-        files = _write_media(drawn, directory, video)
     groups = [rollout.group for rollout in drawn.rollouts]
+    if isinstance(drawn.source.policy, MaskedDiffusionPolicy):
+        files = ["completions.jsonl"] * len(groups)
+        rows = [
+            {"prompt": group.prompt, "completion": rollout.media[0], "seed": group.seed}
+            for group, rollout in zip(groups, drawn.rollouts, strict=True)
+        ]
+        write_texts(directory / "completions.jsonl", rows)
+    else:
+        media = np.concatenate([np.asarray(rollout.media) for rollout in drawn.rollouts])
+        files = write_media(directory, media, [group.prompt for group in groups], video)
     document = {
         "checkpoint": str(drawn.source.label),
         "step": drawn.source.step,
@@ -346,55 +348,3 @@ def _settings(source: Source, plan: PlainPlan) -> dict[str, Any]:
         changed["temperature"] = plan.temperature
         used |= {"cache": "none", "threshold": None} if plan.exact else {}
     return used | {name: value for name, value in changed.items() if value is not None}
-
-
-def _write_texts(drawn: Drawn, directory: Path) -> list[str]:
-    with (directory / "completions.jsonl").open("w", encoding="utf-8") as file:
-        for rollout in drawn.rollouts:
-            row = {"prompt": rollout.group.prompt, "completion": rollout.media[0]}
-            line = json.dumps(row | {"seed": rollout.group.seed}, ensure_ascii=False)
-            file.write(line + "\n")
-    return ["completions.jsonl"] * len(drawn.rollouts)
-
-
-def _write_media(drawn: Drawn, directory: Path, video: str) -> list[str]:
-    media = np.concatenate([np.asarray(rollout.media) for rollout in drawn.rollouts])
-    kind = "png" if media.shape[1] == 1 else video
-    prompts = [rollout.group.prompt for rollout in drawn.rollouts]
-    files = [f"{i:03d}_{_slug(prompt)}.{kind}" for i, prompt in enumerate(prompts)]
-    for name, frames in zip(files, media, strict=True):
-        (_write_mp4 if kind == "mp4" else _write_pictures)(directory / name, frames)
-    (directory / "grid.png").write_bytes(sample_grid(media))
-    return files
-
-
-def _slug(prompt: str) -> str:
-    """Words of a prompt as a part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "sample"
-
-
-def _write_pictures(path: Path, frames: np.ndarray) -> None:
-    """Frames uint8 (F, H, W, C) as they are: a PNG of one, or a GIF that repeats."""
-    from PIL import Image
-
-    first, *rest = [Image.fromarray(f[..., 0] if f.shape[-1] == 1 else f) for f in frames]
-    if not rest:
-        first.save(path)
-        return
-    milliseconds = 1000 // FRAMES_PER_SECOND
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
-
-
-def _write_mp4(path: Path, frames: np.ndarray) -> None:
-    """Frames uint8 (F, H, W, C) as H.264, small ones enlarged by repeating pixels."""
-    import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
-
-    scale = -(-MP4_SIDE // min(frames.shape[1:3]))
-    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    colored = np.ascontiguousarray(np.broadcast_to(large, (*large.shape[:3], 3)))
-    size = (large.shape[2], large.shape[1])
-    writer = imageio_ffmpeg.write_frames(str(path), size, fps=FRAMES_PER_SECOND, macro_block_size=2)
-    writer.send(None)
-    for frame in colored:
-        writer.send(frame)
-    writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 import traceback
@@ -19,9 +18,8 @@ from cluster.logs import log_to
 from cluster.weights import Weights, bind
 from distill.catalogue import PairSampler, build_student, build_teacher
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe, recipe_from_json
-from rewards.calling import Scores, call_reward
 from rewards.catalogue import RewardConfig
-from rewards.contract import SetMetric
+from rewards.serving import RewardServer
 from rl.contracts import GuidancePlan, Plan
 from rl.gap import variational_gap
 from rl.tilt import Score
@@ -167,34 +165,10 @@ class RolloutWorker:
         )
 
 
-class RewardWorker:
-    """Holds one reward and scores chunks of media, or of texts."""
+class RewardWorker(RewardServer):
+    """Serves one reward in a process of the platform."""
 
     def __init__(self, config: RewardConfig, threads: int, log: str | None = None) -> None:
         log_to(log)
         torch.set_num_threads(threads)
-        self.config = config
-        self.function = config.build()
-
-    def health(self) -> int:
-        """The process id."""
-        return os.getpid()
-
-    def score(
-        self, prompts: list[str], columns: dict[str, list[Any]], *media: Sequence[Any]
-    ) -> tuple[Scores, float]:
-        """Scores of all samples of ``media`` (a group's media or texts each), and the seconds taken."""
-        started = time.perf_counter()
-        completions = list(itertools.chain.from_iterable(media))
-        name, size = self.config.name or self.config.kind, self.config.batch_size
-        scores = call_reward(name, self.function, prompts, completions, columns, size)
-        return scores, time.perf_counter() - started
-
-    def describe(
-        self, prompts: list[str], columns: dict[str, list[Any]], *media: Sequence[Any]
-    ) -> dict[str, float]:
-        """Numbers of the whole set, from a reward that has any."""
-        if not isinstance(self.function, SetMetric):
-            return {}
-        completions = list(itertools.chain.from_iterable(media))
-        return self.function.describe_set(prompts, completions, **columns)
+        super().__init__(config)

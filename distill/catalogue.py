@@ -16,6 +16,7 @@ from rollout.flow_sampler import FlowRollout, FlowSampler, FlowSamplerConfig
 from rollout.policies.base import FlowPolicy
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
+from rollout.policies.z_image import ZImageConfig
 
 DistillConfig = Annotated[TwoStepConfig | CompressionConfig, Field(discriminator="kind")]
 Method = TwoStep | Compression
@@ -26,7 +27,7 @@ def student_sigmas(sampler: FlowSamplerConfig) -> tuple[float, ...]:
     return shifted_sigmas(2, sampler.shift, 1.0)
 
 
-def build_teacher(policy: WanConfig, device: str) -> FlowPolicy:
+def build_teacher(policy: WanConfig | ZImageConfig, device: str) -> FlowPolicy:
     """The teacher: frozen."""
     teacher = policy.model_copy(update={"lora": None}).build(device)
     teacher.module.requires_grad_(False)
@@ -34,7 +35,11 @@ def build_teacher(policy: WanConfig, device: str) -> FlowPolicy:
 
 
 def build_student(
-    config: DistillConfig, policy: WanConfig, sampler: FlowSamplerConfig, device: str, seed: int
+    config: DistillConfig,
+    policy: WanConfig | ZImageConfig,
+    sampler: FlowSamplerConfig,
+    device: str,
+    seed: int,
 ) -> FlowPolicy:
     """The student before training: its teacher, or part of it."""
     if isinstance(config, CompressionConfig):

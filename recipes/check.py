@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -16,25 +17,31 @@ from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig, build_algorit
 from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
 from rl.grpo import GRPOConfig
+from rl.nft import NFTConfig
 from rl.text import TextAlgorithm, TextSettings
+from rollout.flow import DiffusionConfig
 from rollout.flow_sampler import FlowSamplerConfig
 from rollout.masked import MaskedSamplerConfig
-from rollout.math_prompts import MathPrompts
 from rollout.policies.adapters import unmatched_targets
 from rollout.policies.base import forwards_per_sample
 from rollout.policies.llada.policy import LladaConfig
-from rollout.policies.wan import UNDISTILLED, WanConfig
+from rollout.policies.llada.quantization import INSTALL, installed
+from rollout.policies.wan import UNDISTILLED
+from rollout.rows import RowSource
+
+# Where prompts of a kind come from.
+PLACES = {"file": ".path", "math": ".source", "dataset": ".source"}
+# What precedes the name of a linear layer of the first block.
+FIRST_BLOCK = re.compile(r".*\b(?:blocks|layers)\.0\.")
+EVALUATIONS = "network evaluations per guided step"
 
 
-def check(
-    loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False, running: bool = False
-) -> None:
+def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
     """Refuse combinations that cannot run.
 
     Args:
         loaded: the recipe. gpus: how many this machine has (a local cluster cannot have more).
         filling: a distillation's store need not be there yet.
-        running: it is about to be: a teacher that can only be planned with is refused too.
 
     Raises:
         RecipeError: with all of them.
@@ -44,7 +51,7 @@ def check(
         loaded.problem(key, message)
         for group in (
             *_own(recipe, filling),
-            _policy(recipe, running),
+            _policy(recipe),
             _rewards(recipe),
             _resources(recipe, gpus),
         )
@@ -58,7 +65,7 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     """The checks of a recipe's kind."""
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
-    kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _sizes(recipe)]
+    kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _noised(recipe), _sizes(recipe)]
     return [*kinds, comparison(recipe)]
 
 
@@ -153,6 +160,17 @@ def _timesteps(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
+def _noised(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """NFT samples by the ODE."""
+    sampler, rl = recipe.rollout, recipe.rl
+    if not isinstance(rl, NFTConfig) or not isinstance(sampler, FlowSamplerConfig):
+        return
+    if sampler.diffusion != DiffusionConfig():
+        yield "rollout.diffusion", "rl.kind nft injects no noise when it samples; leave it out"
+    if rl.draws > sampler.steps:
+        yield "rl.draws", f"{rl.draws} draws are more than the {sampler.steps} sigmas of the grid"
+
+
 def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     groups, rl = recipe.rollout.prompts_per_step, recipe.rl
     if groups % rl.minibatches:
@@ -178,19 +196,21 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
+def _policy(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     try:
         names = recipe.policy.linear_names()
-        yield from _pipeline(recipe, running)
+        yield from _pipeline(recipe)
     except (ValueError, KeyError) as error:
         yield "policy.checkpoint", str(error)
         return
     if isinstance(recipe.policy, LladaConfig):
         yield from _loops(recipe.policy)
+        yield from _quantization(recipe.policy, recipe.learner.zero_stage)
     if recipe.policy.lora is not None:
         # An ending is checked against the names of the first block; all blocks have the same.
         for target in unmatched_targets(recipe.policy.lora.targets, names):
-            block = [name.split("blocks.0.", 1)[1] for name in names if "blocks.0." in name]
+            first = [FIRST_BLOCK.split(name) for name in names]
+            block = [parts[-1] for parts in first if len(parts) > 1]
             hint = nearest(target, [ending.split(".", 1)[-1] for ending in block])
             message = f"{target!r} matches no linear layer{hint}; there are: {', '.join(block)}"
             yield "policy.lora.targets", message
@@ -198,24 +218,25 @@ def _policy(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
     sets = (("prompts", recipe.prompts), ("evaluation.prompts", recipe.evaluation.prompts))
     for key, prompts in sets:
         try:
-            if prompts is not None and not (isinstance(prompts, MathPrompts) and prompts.on_hub):
+            if isinstance(prompts, RowSource) and prompts.on_hub:
+                prompts.check_hub_reader()
+            elif prompts is not None:
                 prompts.load()
         except ValueError as error:
-            place = {"file": ".path", "math": ".source"}.get(prompts.kind, "") if prompts else ""
-            yield f"{key}{place}", str(error)
+            yield f"{key}{PLACES.get(prompts.kind, '') if prompts else ''}", str(error)
 
 
-def _pipeline(recipe: AnyRecipe, running: bool) -> Iterator[tuple[str, str]]:
-    """What a text-to-video pipeline cannot do.
+def _pipeline(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+    """What a pipeline cannot do.
 
     Raises:
-        ValueError: its checkpoint is neither here nor known, or its VAE does not fit the video.
+        ValueError: its checkpoint is neither here nor known, or its VAE does not fit the size.
     """
     policy = recipe.policy
-    if not isinstance(policy, WanConfig) or not policy.pipeline:
+    if isinstance(policy, LladaConfig) or not policy.pipeline:
         return
-    policy.video_latent()
-    if running and isinstance(recipe, DistillRecipe):
+    policy.latent()
+    if policy.networks > 1 and isinstance(recipe, DistillRecipe):
         yield "policy.checkpoint", f"{policy.checkpoint}: {UNDISTILLED}"
     if policy.networks > 1 and recipe.learner.zero_stage == 3:
         yield "learner.zero_stage", "micro-batches use one of two transformers; give 0, 1 or 2"
@@ -226,6 +247,20 @@ def _loops(policy: LladaConfig) -> Iterator[tuple[str, str]]:
         yield (
             "policy.loops",
             f"{policy.checkpoint} was not trained with looped blocks; leave it out",
+        )
+
+
+def _quantization(policy: LladaConfig, zero_stage: int) -> Iterator[tuple[str, str]]:
+    """What a quantised base needs, and what cannot shard it."""
+    if policy.quantization is None:
+        return
+    if not installed():
+        yield "policy.quantization", f"{policy.quantization} {INSTALL}"
+    if zero_stage == 3:
+        yield (
+            "learner.zero_stage",
+            f"policy.quantization {policy.quantization} cannot be sharded: its scales and copies stay "
+            "whole; give 0, 1 or 2",
         )
 
 
@@ -266,7 +301,8 @@ def needed(recipe: AnyRecipe, kind: str) -> float:
     else:
         total = recipe.workers.count * per_worker + recipe.learner.ranks * per_rank
     rewards = [*recipe.rewards, *recipe.evaluation.rewards]
-    return total + sum(c.replicas * (c.gpus if kind == "gpus" else c.cpus) for c in rewards)
+    total += sum(c.replicas * (c.gpus if kind == "gpus" else c.cpus) for c in rewards)
+    return round(total, 6)  # 0.8 + 0.1 + 0.1 is one
 
 
 def derived(recipe: AnyRecipe) -> dict[str, str]:
@@ -280,7 +316,9 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
     numbers = {
         "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
         "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
-        + (" (on-policy: the ratio is 1)" if rl.on_policy else ""),
+        + (
+            " (on-policy: the ratio is 1)" if rl.on_policy and not isinstance(rl, NFTConfig) else ""
+        ),
         "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
         f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",
         "rollout jobs per step": f"{jobs} for {recipe.workers.count} workers",
@@ -297,9 +335,7 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
-    undistilled = isinstance(recipe, DistillRecipe) and recipe.policy.pipeline
     return {
-        **({"running": f"not yet: {UNDISTILLED}"} if undistilled else {}),
         "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),
@@ -318,13 +354,15 @@ def _sampling(recipe: Recipe) -> dict[str, str]:
             "network evaluations per step": per_step,
             "evaluations per completion and pass": str(algorithm.forwards_per_completion),
         }
+    if isinstance(rl, NFTConfig):
+        return {"noised states per sample and pass": str(rl.draws), EVALUATIONS: per_step}
     if not isinstance(rollout, FlowSamplerConfig) or not isinstance(rl, GRPOConfig):
         return {}
     grid, indices = rollout.grid(), rl.indices(rollout.steps)
     return {
         "trained timesteps": f"{list(indices)} of {rollout.steps}, sigma "
         f"{grid.sigmas[indices[0]]:.4f} to {grid.sigmas[indices[-1]]:.4f}",
-        "network evaluations per guided step": per_step,
+        EVALUATIONS: per_step,
     }
 
 

@@ -27,12 +27,27 @@ def comparison(recipe: Recipe) -> Iterator[tuple[str, str]]:
         hint = nearest(compare.reward, names)
         yield "compare.reward", f"{compare.reward!r} is none of 'rewards'{hint}"
         return
+    yield from unreachable(recipe)
     if isinstance(compare, FlowComparison):
         for index, method in enumerate(compare.methods):
             try:
                 check_method(method, gradient_of(recipe))
             except GuidanceError as error:
                 yield f"compare.methods.{index}", str(error)
+
+
+def unreachable(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Rewards that a comparison would build in rollout actors, which have not their libraries."""
+    compare = recipe.comparison
+    for index, config in enumerate(recipe.rewards):
+        followed = compare.reward in (None, config.name or config.kind)
+        if followed and config.served_in is not None and not compare.served:
+            kind = "masked" if isinstance(recipe.policy, LladaConfig) else "flow"
+            yield (
+                f"rewards.{index}",
+                f"{config.kind} runs in its environment {config.served_in!r}, not in rollout actors: "
+                f"say compare: {{kind: {kind}, served: true}}",
+            )
 
 
 def gradient_of(recipe: Recipe) -> bool:

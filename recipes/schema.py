@@ -18,9 +18,11 @@ from rollout.flow_sampler import FlowSamplerConfig
 from rollout.masked import MaskedSamplerConfig
 from rollout.policies.llada.policy import LladaConfig
 from rollout.policies.wan import WanConfig
+from rollout.policies.z_image import ZImageConfig
 from rollout.prompts import DigitPrompts, PromptsConfig
 
-PolicyConfig = Annotated[WanConfig | LladaConfig, Field(discriminator="kind")]
+PolicyConfig = Annotated[WanConfig | ZImageConfig | LladaConfig, Field(discriminator="kind")]
+FlowPolicyConfig = Annotated[WanConfig | ZImageConfig, Field(discriminator="kind")]
 
 
 class GroupsConfig(BaseModel, frozen=True, extra="forbid"):
@@ -218,7 +220,7 @@ class Recipe(RunRecipe, frozen=True, extra="forbid"):
 class DistillRecipe(RunRecipe, frozen=True, extra="forbid"):
     """A distillation: a student learns from the samples of a teacher."""
 
-    policy: WanConfig = Field(
+    policy: FlowPolicyConfig = Field(
         default=WanConfig(), description="The teacher; its lora is what lora_per_step trains."
     )
     rollout: TeacherRolloutConfig = Field(

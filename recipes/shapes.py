@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from recipes.schema import AnyRecipe, DistillRecipe
+from recipes.schema import AnyRecipe, DistillRecipe, FlowPolicyConfig, Recipe
 
 
 def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
     """Parameters, what trains, and the shapes of a learner's forward, by building them.
 
-    Every module, adapter and operation is the one that a run uses; only memory is not. A flow policy
-    that learns from rewards is left to its own loading.
+    Every module, adapter and operation is the one that a run uses; only memory is not.
 
     Raises:
         ValueError: the checkpoint is neither here nor known, or the network does not fit the recipe.
@@ -20,7 +17,7 @@ def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
         return _distillation(recipe)
     policy, rollout = recipe.policy, recipe.rollout
     if policy.kind != "llada" or rollout.kind != "masked":
-        return {}
+        return {} if policy.kind == "llada" else _flow(recipe, policy)
     import torch
 
     from rollout.policies.adapters import set_trainable
@@ -49,27 +46,43 @@ def shapes(recipe: AnyRecipe, prompt_tokens: int = 256) -> dict[str, str]:
     }
 
 
+def _flow(recipe: Recipe, policy: FlowPolicyConfig) -> dict[str, str]:
+    """A flow policy that learns from rewards."""
+    import torch
+
+    from rollout.policies.base import forwards_per_sample
+    from rollout.policies.pipelines import prepare_transformer
+
+    with torch.device("meta"):
+        network = policy.network()
+        total = sum(p.numel() for p in network.parameters())
+        prepare_transformer(network, policy, seed=0)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    branches = forwards_per_sample(recipe.rollout.guidance_scale)
+    count = f"{policy.networks} x " if policy.networks > 1 else ""
+    return {
+        "network": f"{count}{total:,} parameters, {trained:,} train",
+        "learner's forward": _forward(policy, branches * recipe.learner.micro_batch),
+    }
+
+
 def _distillation(recipe: DistillRecipe) -> dict[str, str]:
     """The teacher's forward, which is the student's at each step, and what trains."""
-    import torch
-    from diffusers import WanTransformer3DModel
+    from recipes.memory_distill import networks
 
-    from recipes.memory_distill import Sample, networks
-
-    policy, rows = recipe.policy, recipe.learner.micro_batch
-    config, sample = policy.sizes(), Sample.of(policy)
-    with torch.device("meta"):
-        network: Any = WanTransformer3DModel.from_config(config)
-        (velocity,) = network(
-            hidden_states=torch.zeros(rows, *sample.latent),
-            timestep=torch.zeros(rows),
-            encoder_hidden_states=torch.zeros(rows, sample.text, config["text_dim"]),
-            return_dict=False,
-        )
     teacher, *trained = networks(recipe).items()
     return {
         "teacher's network": f"{teacher[1].frozen:,} parameters",
         "what trains": ", ".join(f"{name} {count.trained:,}" for name, count in trained),
-        "learner's forward": f"latents ({rows}, {', '.join(map(str, sample.latent))}), "
-        f"{sample.tokens(config['patch_size']):,} tokens each, to velocities {tuple(velocity.shape)}",
+        "learner's forward": _forward(recipe.policy, recipe.learner.micro_batch),
     }
+
+
+def _forward(policy: FlowPolicyConfig, rows: int) -> str:
+    """Run where there is no memory."""
+    import torch
+
+    with torch.device("meta"):
+        (velocity,) = policy.network()(**policy.example(rows))
+    shape = (len(velocity), *velocity[0].shape)
+    return f"latents {(rows, *policy.latent())}, {policy.tokens():,} tokens each, to velocities {shape}"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, Field
 
+from rewards.environment import missing
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,9 +62,12 @@ class RewardSettings(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         differentiable: what ``build`` makes is a ``DifferentiableReward``.
+        environment: of ``rewards.environment``, the one whose libraries ``build`` needs by default;
+            None: the platform's own.
     """
 
     differentiable: ClassVar[bool] = False
+    environment: ClassVar[str | None] = None
 
     name: str | None = Field(
         default=None,
@@ -91,10 +96,15 @@ class RewardSettings(BaseModel, frozen=True, extra="forbid"):
     def build(self) -> RewardFunction:
         """The reward itself, in the process that serves it."""
 
+    @property
+    def served_in(self) -> str | None:
+        """The environment that these settings need."""
+        return type(self).environment
+
     def has_gradient(self) -> bool:
         """Whether guidance can follow what ``build`` makes."""
         return type(self).differentiable
 
     def problem(self) -> str | None:
         """Why this reward cannot run here, with the remedy; None if it can."""
-        return None
+        return None if self.served_in is None else missing(self.served_in)

@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec, PathFinder
@@ -41,7 +41,11 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
         description="Keyword arguments: a class or factory is called with them once, a function "
         "each time.",
     )
-
+    conversations: bool = Field(
+        default=False,
+        description="Prompts and completions are handed over as conversations of one turn, as TRL's "
+        "own rewards want them; else as text.",
+    )
     gradient: bool = Field(
         default=False,
         description="It has a method differentiable(prompts, pixels, **columns) that guidance follows.",
@@ -67,6 +71,8 @@ class FunctionReward(RewardSettings, frozen=True, extra="forbid"):
             target = functools.partial(target, **self.arguments)
         if not callable(target):
             raise ValueError(f"reward {self.path!r} is not callable")
+        if self.conversations:
+            target = _conversational(target)
         if self.gradient and not isinstance(target, DifferentiableReward):
             raise ValueError(f"reward {self.path!r} has no method differentiable(prompts, pixels)")
         return cast(RewardFunction, target)
@@ -178,6 +184,19 @@ def _nearest(name: str, options: Iterable[str]) -> str:
     """A half-sentence that names the nearest option, or nothing."""
     close = difflib.get_close_matches(name, list(options), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _conversational(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of conversations as one of text, with the same signature."""
+    roles = {"prompts": "user", "completions": "assistant"}
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        for name in roles.keys() & given.keys():
+            given[name] = [[{"role": roles[name], "content": text}] for text in given[name]]
+        return function(**given)
+
+    return call
 
 
 def _is_factory(target: Any) -> bool:

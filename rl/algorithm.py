@@ -56,10 +56,15 @@ class Algorithm(ABC, Generic[Settings]):
         config: its options.
         needs_old: the objective compares with scores under the weights at the start of the update,
             which a rank computes before the first optimiser step (``scores``).
+        lags: rollouts are drawn by weights that follow the trained ones, one step of an average
+            (``old_decay``) after each rollout set.
+        constant_groups: a group of equal rewards has a gradient of its own.
     """
 
     config: Settings
     needs_old = False
+    lags = False
+    constant_groups = False
 
     @abstractmethod
     def plans(self, step: int, groups: Sequence[Group]) -> Sequence[Plan]:
@@ -105,6 +110,11 @@ class Algorithm(ABC, Generic[Settings]):
 
     def scores(self, policy: Any, batch: Any) -> Tensor:
         """What ``loss`` compares with, under the present weights; only with ``needs_old``."""
+        raise NotImplementedError
+
+    def old_decay(self, steps: int) -> float:
+        """What the weights that sample keep of themselves after ``steps`` optimiser steps of the run,
+        the rest being the trained ones'; only with ``lags``."""
         raise NotImplementedError
 
     @abstractmethod

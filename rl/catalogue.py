@@ -13,7 +13,7 @@ from rl.flash_grpo import FlashGRPO, FlashGRPOConfig
 from rl.flow_grpo import FlowGRPO, FlowGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFast, FlowGRPOFastConfig
 from rl.fpo import FPO, FPOConfig
-from rl.grpo import GRPOConfig
+from rl.nft import NFT, NFTConfig
 from rl.spg import SPG, SPGConfig
 from rl.text import TextAlgorithm, TextSettings
 from rl.trace_rl import TraceRL, TraceRLConfig
@@ -21,7 +21,7 @@ from rl.wd1 import WD1, WD1Config
 from rollout.flow_sampler import FlowSamplerConfig
 from rollout.masked import MaskedSamplerConfig
 
-FlowAlgorithmConfig = FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig
+FlowAlgorithmConfig = FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig | NFTConfig
 TextAlgorithmConfig = (
     SPGConfig | DiffuGRPOConfig | FPOConfig | ESPOConfig | WD1Config | TraceRLConfig
 )
@@ -38,7 +38,7 @@ def build_algorithm(
     Raises:
         ValueError: an algorithm on flows with a text sampler, or the other way round.
     """
-    if isinstance(config, GRPOConfig) and isinstance(sampler, FlowSamplerConfig):
+    if isinstance(config, FlowAlgorithmConfig) and isinstance(sampler, FlowSamplerConfig):
         return _on_flows(config, sampler, seed)
     if isinstance(config, TextSettings) and isinstance(sampler, MaskedSamplerConfig):
         return _on_text(config, sampler, seed)
@@ -54,6 +54,8 @@ def _on_flows(config: FlowAlgorithmConfig, sampler: FlowSamplerConfig, seed: int
             return FlowGRPOFast(config, grid, scale, seed)
         case FlowGRPOConfig():
             return FlowGRPO(config, grid, scale, seed)
+        case NFTConfig():
+            return NFT(config, grid, scale)
 
 
 def _on_text(config: TextAlgorithmConfig, sampler: MaskedSamplerConfig, seed: int) -> TextAlgorithm:

@@ -126,7 +126,8 @@ class Learner(Protocol):
         ...
 
     def publish(self, version: int, averaged: bool = False) -> Any:
-        """The trained weights (or their average) as one versioned, checksummed blob."""
+        """The weights that sample (or the average that is evaluated) as one versioned, checksummed
+        blob. The trained ones sample, or weights that follow them (``Algorithm.lags``)."""
         ...
 
 

@@ -67,7 +67,8 @@ def _items(
     samples = [group.sample for group in scored]
     shares = policy * algorithm.shares(samples, valid)
     distilled = distillation * algorithm.distillation_shares(samples, valid)
-    keep = distillation > 0 or (policy > 0 and algorithm.config.kl_coefficient > 0)
+    always = algorithm.constant_groups or algorithm.config.kl_coefficient > 0
+    keep = distillation > 0 or (policy > 0 and always)
     items: list[Item] = []
     for i, sample in enumerate(samples):
         row = np.nan_to_num(advantages[i])

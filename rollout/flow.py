@@ -16,12 +16,15 @@ clip ranges of the literature (1e-4 ... 1e-3) belong to that scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
+
+from rollout.draws import keyed_generator
 
 # Wan never starts at exactly t = 1, where the score is 0/0.
 WAN_SIGMA_MAX = 0.999
@@ -66,6 +69,8 @@ class FlowPlan:
         tail: cheaper steps after the last injection, or None for the grid's own.
         steps: another grid length than the sampler's, for evaluation by ODE.
         keep_final: the final states are replayed too (as data of a flow-matching loss).
+        noised: the final states are replayed, with the velocity at so many noised states of each
+            (``noised_states``), for an objective that compares with the weights that sampled.
         renoise: a step goes to the prediction of x0 and from there to the next sigma with fresh noise
             (a few-step student that was trained so), instead of along the ODE.
         teacher: drawn from the teacher of a distillation, not from its student.
@@ -78,6 +83,7 @@ class FlowPlan:
     tail: TailConfig | None = None
     steps: int | None = None
     keep_final: bool = False
+    noised: int = 0
     renoise: bool = False
     teacher: bool = False
 
@@ -150,6 +156,33 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> 
 def renoised(clean: Tensor, sigma: float, noise: Tensor) -> Tensor:
     """The state at ``sigma`` whose prediction of x0 is ``clean`` and whose noise is ``noise``."""
     return (1 - sigma) * clean + sigma * noise
+
+
+def noised_states(
+    final: Tensor, seeds: Sequence[int], sigmas: Sequence[float], count: int
+) -> tuple[Tensor, Tensor]:
+    """``count`` states ``(1 - t) x0 + t eps`` of each sample, the same for whoever asks.
+
+    The times of a sample are ``sigmas`` in an order of its own, again from the first when ``count``
+    exceeds them; times and noises are keyed by the sample's seed.
+
+    Args:
+        final: fp32 (n, ...) samples x0 on the CPU, with the ``seeds`` (n,) of their draws.
+
+    Returns:
+        fp32 (n, count, ...) states and (n, count) times t.
+    """
+    times: list[Tensor] = []
+    noises: list[Tensor] = []
+    rounds = -(-count // len(sigmas))
+    for seed in seeds:
+        generator = keyed_generator(int(seed), "forward process")
+        orders = [torch.randperm(len(sigmas), generator=generator) for _ in range(rounds)]
+        times.append(torch.tensor(sigmas)[torch.cat(orders)[:count]])
+        noises.append(torch.randn((count, *final.shape[1:]), generator=generator))
+    t, noise = torch.stack(times), torch.stack(noises)
+    mix = t.reshape(*t.shape, *[1] * (final.ndim - 1))
+    return (1 - mix) * final[:, None] + mix * noise, t
 
 
 def sde_step(

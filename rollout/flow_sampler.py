@@ -20,6 +20,7 @@ from rollout.flow import (
     FlowPlan,
     dpmpp_2m_step,
     log_prob,
+    noised_states,
     ode_step,
     renoised,
     sde_step,
@@ -71,6 +72,8 @@ class Transitions:
         node: int64 (branches,), the node a branch leaves; ``member``: the sample it leads to.
         final: fp32 (size, C, F, H, W), the samples themselves, or no rows where the plan keeps none.
         seeds: int64 (size,), the draws' own, where final states are kept.
+        velocity: fp32 (size, noised, C, F, H, W) of the sampling weights, under guidance, at the
+            ``noised_states`` of ``final`` on the grid's sigmas; no rows where the plan has none.
     """
 
     x: np.ndarray
@@ -84,6 +87,7 @@ class Transitions:
     member: np.ndarray
     final: np.ndarray
     seeds: np.ndarray
+    velocity: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,24 @@ class FlowSampler:
         for phase in range(max(len(track.schedule) for track in tracks)):
             active = [i for i, track in enumerate(tracks) if phase < len(track.schedule)]
             self._advance([tracks[i] for i in active], conditions[active], phase)
-        return self._finish(groups, tracks)
+        rollouts = self._finish(groups, tracks)
+        first = [i for i, track in enumerate(tracks) if track.members[0] == 0]
+        return [
+            self._noised(rollout, plan.noised, conditions[i : i + 1]) if plan.noised else rollout
+            for rollout, plan, i in zip(rollouts, plans, first, strict=True)
+        ]
+
+    def _noised(self, rollout: FlowRollout, count: int, condition: Tensor) -> FlowRollout:
+        """The rollout with the velocity at ``count`` noised states of each final one."""
+        replay, device = rollout.replay, self.policy.device
+        final, sigmas = torch.from_numpy(replay.final), self.grid.sigmas[:-1]
+        x, t = noised_states(final, replay.seeds.tolist(), sigmas, count)
+        conditions = condition.expand(t.numel(), *condition.shape[1:])
+        found = self._velocity(x.flatten(0, 1).to(device), t.flatten().to(device), conditions)
+        velocity = found.reshape(x.shape).cpu().numpy()
+        spent = t.numel() * forwards_per_sample(self.config.guidance_scale)
+        kept = replace(replay, velocity=velocity)
+        return replace(rollout, replay=kept, forwards=rollout.forwards + spent)
 
     def _start(
         self, group: Group, plan: FlowPlan, members: list[int], sde: tuple[int, ...]
@@ -311,7 +332,7 @@ class FlowSampler:
             transitions = _join([r for t in own for r in t.recorded], self.policy.latent_shape)
             forwards = sum(track.forwards for track in own)
             span = slice(offset, offset + group.size)
-            if own[0].plan.keep_final:
+            if own[0].plan.keep_final or own[0].plan.noised:
                 seeds = np.array([group.draw(j).seed for j in range(group.size)], np.int64)
                 kept = final[span].cpu().numpy()
                 transitions = replace(transitions, final=kept, seeds=seeds)
@@ -323,9 +344,9 @@ class FlowSampler:
 def no_transitions(shape: tuple[int, ...]) -> Transitions:
     """Of a group that no objective replays."""
     states, numbers = np.zeros((0, *shape), np.float32), np.zeros(0, np.float32)
-    ids = np.zeros(0, np.int64)
+    ids, none = np.zeros(0, np.int64), states[:, None]
     return Transitions(
-        states, ids, numbers, numbers, numbers, states, numbers, ids, ids, states, ids
+        states, ids, numbers, numbers, numbers, states, numbers, ids, ids, states, ids, none
     )
 
 
@@ -339,4 +360,4 @@ def _join(recorded: list[dict[str, np.ndarray]], shape: tuple[int, ...]) -> Tran
         for record, offset in zip(recorded, offsets, strict=True)
     ]
     joined = {key: np.concatenate([r[key] for r in shifted]) for key in recorded[0]}
-    return Transitions(**joined, final=empty.final, seeds=empty.seeds)
+    return replace(empty, **joined)

@@ -12,7 +12,8 @@ import torch
 from recipes.schema import Recipe
 from recipes.source import load
 from rollout.policies.adapters import LoraAdapter
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 
 torch.set_num_threads(1)
 

@@ -39,7 +39,7 @@ def set_trainable(
     Args:
         network: a model with peft's mixin (diffusers and transformers models are).
         lora: the adapter; None: everything trains, in fp32.
-        dtype: a frozen base is kept in it, the adapter in fp32.
+        dtype: a frozen base is kept in it, quantised weights apart, the adapter in fp32.
         checkpoint: for messages.
         seed: starts the adapter.
         exclude: name endings of linear layers that a target would match and must not.
@@ -70,6 +70,6 @@ def set_trainable(
         # peft gives an adapter the dtype of the layer it goes on.
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        elif dtype == "bfloat16":
+        elif dtype == "bfloat16" and parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
     return network

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rollout.draws import keyed_generator
 from rollout.policies.embedded import cached, ensure
-from rollout.policies.wan import encode_words, null_words
+from rollout.policies.wan_conditional import encode_words, null_words
 from rollout.prompts import DIRECTIONS
 
 TRANSFORMER: dict[str, Any] = {

@@ -19,9 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rollout.policies.base import FlowPolicy
-from rollout.policies.wan import RENOISING, WanConfig, WanPolicy
+from rollout.policies.pipelines import RENOISING
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
+from rollout.policies.wan_pipeline import WanPipelinePolicy
+from rollout.policies.z_image import ZImageConfig, ZImagePolicy
 
 Parameters = Literal["shared", "lora_per_step", "full_per_step"]
+StepPolicy = WanPolicy | WanPipelinePolicy | ZImagePolicy
 # Names of the steps' networks, first step first; those of Wan2.2's pipeline.
 NETWORKS = ("transformer", "transformer_2")
 
@@ -36,7 +41,7 @@ class TwoStepPolicy(FlowPolicy):
 
     def __init__(
         self,
-        teacher: WanConfig,
+        teacher: WanConfig | ZImageConfig,
         parameters: Parameters,
         sigmas: Sequence[float],
         device: str = "cpu",
@@ -46,12 +51,11 @@ class TwoStepPolicy(FlowPolicy):
         """``teacher.lora`` is what ``lora_per_step`` trains.
 
         Raises:
-            ValueError: the teacher is a text-to-video pipeline.
+            ValueError: the teacher is a pipeline of two transformers.
         """
         adapter = teacher.lora if parameters == "lora_per_step" else None
-        first = teacher.model_copy(update={"lora": adapter}).conditional(device, seed)
-        first.whole_timesteps = False
-        self.steps: list[WanPolicy] = [first]
+        first = teacher.model_copy(update={"lora": adapter}).student(device, seed)
+        self.steps: list[StepPolicy] = [first]
         if parameters != "shared":
             self.steps.append(_second(first))
         modules = zip(NETWORKS, self.steps, strict=False)
@@ -138,7 +142,7 @@ class TwoStepPolicy(FlowPolicy):
             )
 
 
-def _second(first: WanPolicy) -> WanPolicy:
+def _second(first: StepPolicy) -> StepPolicy:
     """A copy that trains apart and shares what is frozen."""
     frozen = {id(p): p for p in first.module.parameters() if not p.requires_grad}
     second = copy.copy(first)

@@ -1,36 +1,34 @@
 """Flow policies on diffusers' own ``WanTransformer3DModel``.
 
 The published layout is read and written: ``transformer/config.json`` with its safetensors. This page
-holds the configuration of all, and the class-conditional form, whose conditions are one-hot words
+holds the configuration of all. The conditions of a class-conditional model are one-hot words
 (``conditions.json`` beside the transformer names the vocabulary and the latent shape); it needs no
-text encoder and no VAE, and it is what the embedded digit models are. Text-to-video pipelines are in
-``wan_pipeline.py``. The network is the same class at every size.
+text encoder and no VAE, and it is what the embedded digit models are: ``wan_conditional.py``.
+Text-to-video pipelines are in ``wan_pipeline.py``. The network is the same class at every size.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, field_validator
-from torch import Tensor
 
 from rollout.policies.adapters import LoraAdapter
-from rollout.policies.base import FlowPolicy
-from rollout.policies.wan_network import (
-    network_features,
-    network_times,
-    network_velocity,
-    prepare_transformer,
-    save_transformer,
-    wan_linear_names,
-)
+from rollout.policies.pipelines import component_configs, frozen_bytes, is_pipeline, snapshot
+from rollout.policies.prompt_embeddings import TEXT_TOKENS
+from rollout.policies.wan_network import wan_linear_names
 
-EMBEDDED = ("digits", "moving-digits")
+if TYPE_CHECKING:
+    from rollout.policies.base import FlowPolicy
+    from rollout.policies.wan_conditional import WanPolicy
+    from rollout.policies.wan_pipeline import WanPipelinePolicy
+
+# Embedded models, and the shape of their samples.
+EMBEDDED: dict[str, tuple[int, ...]] = {"digits": (1, 1, 8, 8), "moving-digits": (1, 4, 8, 8)}
 # Architectures of published text-to-video pipelines, as their transformer/config.json has them.
 T2V: dict[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -44,9 +42,6 @@ T2V: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-UNDISTILLED = (
-    "a text-to-video pipeline can be planned as a teacher; it has no student that runs yet"
-)
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": T2V
     | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
@@ -55,9 +50,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": T2V
     | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
+UNDISTILLED = "a pipeline of two transformers has no student; distil one of a single transformer"
 TWO_NETWORKS = ("Wan-AI/Wan2.2-T2V-A14B-Diffusers",)
-# diffusers' schedulers of a few-step pipeline: along the ODE, or through fresh noise.
-STEPPING, RENOISING = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 
 
 class WanConfig(BaseModel, frozen=True, extra="forbid"):
@@ -107,13 +101,13 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
             from rollout.policies.digits import cached_directory
 
             return cached_directory(self.checkpoint)
-        from rollout.policies.wan_pipeline import is_pipeline, pipeline_index, snapshot
+        from rollout.policies.wan_pipeline import wan_index
 
         path = (
             snapshot(self.checkpoint, download=False) if self.published else Path(self.checkpoint)
         )
         if is_pipeline(path):
-            pipeline_index(path)
+            wan_index(path)
             return path
         for part in ("transformer/config.json", "conditions.json"):
             if not (path / part).is_file():
@@ -132,8 +126,6 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
     @property
     def pipeline(self) -> bool:
         """Whether it is a text-to-video pipeline, published or a directory here."""
-        from rollout.policies.wan_pipeline import is_pipeline
-
         own = self.checkpoint not in EMBEDDED and is_pipeline(Path(self.checkpoint))
         return self.published or own
 
@@ -146,9 +138,9 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
         """
         if self.published:
             return 2 if self.checkpoint in TWO_NETWORKS else 1
-        from rollout.policies.wan_pipeline import network_names, pipeline_index
+        from rollout.policies.wan_pipeline import network_names, wan_index
 
-        return len(network_names(pipeline_index(self.directory()))) if self.pipeline else 1
+        return len(network_names(wan_index(self.directory()))) if self.pipeline else 1
 
     def sizes(self) -> dict[str, Any]:
         """The keys of ``transformer/config.json``, without the weights.
@@ -164,18 +156,82 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
             return PUBLISHED[self.checkpoint]
         return json.loads((self.directory() / "transformer" / "config.json").read_text())
 
-    def video_latent(self) -> tuple[int, int, int, int]:
-        """(channels, frames, height, width) of a pipeline's sample in its VAE's latents.
+    def latent(self) -> tuple[int, ...]:
+        """(channels, frames, height, width) of a sample in the space of the flow.
 
         Raises:
             ValueError: see ``sizes``; or its VAE does not divide height, width or frames.
         """
-        from rollout.policies.wan_pipeline import PUBLISHED_VAE, latent_shape
+        from rollout.policies.wan_pipeline import PUBLISHED_PARTS, latent_shape
 
+        if self.checkpoint in EMBEDDED:
+            return EMBEDDED[self.checkpoint]
         if self.published:
-            return latent_shape(PUBLISHED_VAE, self)
+            return latent_shape(PUBLISHED_PARTS["vae"], self)
+        if not self.pipeline:
+            return tuple(self._conditions()["latent_shape"])
         vae = self.directory() / "vae" / "config.json"
         return latent_shape(json.loads(vae.read_text()), self)
+
+    @property
+    def layers(self) -> int:
+        """The network's blocks."""
+        return self.sizes()["num_layers"]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's hidden states."""
+        sizes = self.sizes()
+        return sizes["num_attention_heads"] * sizes["attention_head_dim"]
+
+    def frozen_bytes(self) -> int:
+        """Bytes of what a process holds beside the transformers: a pipeline's text encoder and VAE.
+
+        Raises:
+            ValueError: see ``sizes``.
+        """
+        from rollout.policies import wan_pipeline
+
+        if not self.pipeline:
+            return 0
+        if self.published:
+            parts = wan_pipeline.PUBLISHED_CLASSES, wan_pipeline.PUBLISHED_PARTS
+            return frozen_bytes(*parts, self.dtype)
+        directory = self.directory()
+        index = wan_pipeline.wan_index(directory)
+        return frozen_bytes(index, component_configs(directory), self.dtype)
+
+    def tokens(self) -> int:
+        """Tokens of the network's sequence for a sample, one a patch."""
+        sizes = zip(self.latent()[1:], self.sizes()["patch_size"], strict=True)
+        return math.prod(size // patch for size, patch in sizes)
+
+    def network(self, layers: int | None = None) -> Any:
+        """A transformer of its sizes (of ``layers`` blocks), without its weights."""
+        from diffusers import WanTransformer3DModel
+
+        changed = {} if layers is None else {"num_layers": layers}
+        return WanTransformer3DModel.from_config(self.sizes() | changed)
+
+    def example(self, rows: int) -> dict[str, Any]:
+        """Arguments of the network's forward on ``rows`` samples, of any values."""
+        words = TEXT_TOKENS
+        if not self.pipeline:
+            words = len(self._conditions()["vocabulary"])
+        return {
+            "hidden_states": torch.zeros(rows, *self.latent()),
+            "timestep": torch.zeros(rows),
+            "encoder_hidden_states": torch.zeros(rows, words, self.sizes()["text_dim"]),
+            "return_dict": False,
+        }
+
+    def _conditions(self) -> dict[str, Any]:
+        """Of a class-conditional model: vocabulary and latent shape."""
+        if self.checkpoint in EMBEDDED:
+            from rollout.policies.digits import vocabulary
+
+            return {"vocabulary": vocabulary(self.checkpoint)}
+        return json.loads((self.directory() / "conditions.json").read_text())
 
     def linear_names(self) -> list[str]:
         """Names of the linear layers an adapter can go on, without building the network.
@@ -196,8 +252,6 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
 
             return ensure_base(self.checkpoint)
         if self.published:
-            from rollout.policies.wan_pipeline import snapshot
-
             return snapshot(self.checkpoint, download=True)
         return self.directory()
 
@@ -216,140 +270,18 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
             from rollout.policies.wan_pipeline import WanPipelinePolicy
 
             return WanPipelinePolicy(self, self.prepare(), device, seed, reference)
+        from rollout.policies.wan_conditional import WanPolicy
+
         return WanPolicy(self, self.prepare(), device, seed, reference)
 
-    def conditional(self, device: str = "cpu", seed: int = 0) -> WanPolicy:
-        """The policy of a class-conditional model, which students are made of.
+    def student(self, device: str = "cpu", seed: int = 0) -> WanPolicy | WanPipelinePolicy:
+        """The policy that a few-step student's networks are: fed ``1000 t``, as its scheduler does.
 
         Raises:
-            ValueError: a text-to-video pipeline; see ``directory``.
+            ValueError: two transformers, which serve the steps of the teacher already; see ``prepare``.
         """
-        if self.pipeline:
+        if self.networks > 1:
             raise ValueError(f"{self.checkpoint}: {UNDISTILLED}")
-        return WanPolicy(self, self.prepare(), device, seed, reference=False)
-
-
-class WanPolicy(FlowPolicy):
-    """A class-conditional Wan transformer.
-
-    Attributes:
-        whole_timesteps: the network is fed ``floor(1000 t)``, as Wan's own pipeline and scheduler do;
-            else ``1000 t``, as that pipeline does with an Euler scheduler.
-    """
-
-    whole_timesteps = True
-
-    def __init__(
-        self, config: WanConfig, directory: Path, device: str, seed: int, reference: bool
-    ) -> None:
-        from diffusers import WanTransformer3DModel
-
-        self.config = config
-        self.conditions: dict[str, Any] = json.loads((directory / "conditions.json").read_text())
-        transformer: Any = WanTransformer3DModel.from_pretrained(directory / "transformer")
-        module = prepare_transformer(transformer, config, seed).to(device)
-        super().__init__(module, adapted=config.lora is not None, reference=reference)
-        self.latent_shape = tuple(self.conditions["latent_shape"])
-        self._width: int = transformer.config["text_dim"]
-        self.blocks = len(transformer.blocks)
-        self.width = (
-            transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-        )
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """One-hot conditions (B, words, width) of the vocabulary words found in each prompt."""
-        return encode_words(prompts, self.conditions["vocabulary"], self._width).to(self.device)
-
-    def encode_null(self, count: int) -> Tensor:
-        """The condition that training dropped prompts to."""
-        slots = len(self.conditions["vocabulary"])
-        return null_words(count, slots, self._width).to(self.device)
-
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """See ``FlowPolicy``."""
-        times = network_times(t, self.whole_timesteps)
-        return network_velocity(self.network, x, times, condition, self.config.dtype)
-
-    def features(
-        self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
-    ) -> list[Tensor]:
-        """See ``FlowPolicy``; one place a patch."""
-        return network_features(self.network, x, layers, lambda: self.velocity(x, t, condition))
-
-    def pixels(self, x: Tensor) -> Tensor:
-        """Pixels are the latents: [-1, 1] to [0, 1], channels last."""
-        return ((x.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
-
-    def save(
-        self, directory: Path, weights: Mapping[str, Tensor], name: str = "transformer"
-    ) -> None:
-        """Adapter as ``pytorch_lora_weights.safetensors`` (diffusers' layout), or the whole."""
-        directory.mkdir(parents=True, exist_ok=True)
-        save_transformer(self.module, weights, directory, self.config.lora is not None, name)
-        (directory / "conditions.json").write_text(json.dumps(self.conditions))
-
-    def save_pipeline(
-        self,
-        directory: Path,
-        sigma: float,
-        boundary: float,
-        networks: Sequence[str],
-        renoise: bool,
-    ) -> None:
-        """What makes saved ``networks`` a pipeline that stock ``WanPipeline`` loads.
-
-        Its scheduler steps at the sigmas (1, ``sigma``) when asked for two steps, with ``renoise``
-        through fresh noise; the first network serves sigmas from ``boundary`` up. A
-        class-conditional model has no text encoder and no VAE: it is loaded by
-        ``from_pretrained(directory, tokenizer=None, text_encoder=None, vae=None)`` and called with
-        ``prompt_embeds`` and ``output_type="latent"``.
-        """
-        import diffusers
-
-        kind: Any = getattr(diffusers, RENOISING if renoise else STEPPING)
-        scheduler = kind(shift=1.0, shift_terminal=sigma)
-        parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
-        two = len(networks) > 1
-        pipeline: Any = diffusers.WanPipeline(
-            **parts,  # pyright: ignore[reportArgumentType]
-            scheduler=scheduler,
-            transformer=self.module,
-            transformer_2=self.module if two else None,
-            boundary_ratio=boundary if two else None,
-        )
-        pipeline.save_config(directory)
-        scheduler.save_pretrained(directory / "scheduler")
-
-
-def encode_words(prompts: Sequence[str], vocabulary: Sequence[Sequence[str]], width: int) -> Tensor:
-    """One-hot tokens (B, slots, width): slot s says which word of ``vocabulary[s]`` was asked for.
-
-    An empty prompt asks for nothing: the dropped condition, a sample of any class.
-
-    Raises:
-        ValueError: a prompt with no word, or several, of a slot.
-    """
-    condition = torch.zeros(len(prompts), len(vocabulary), width)
-    for row, prompt in enumerate(prompts):
-        words = re.findall(r"\w+", prompt.lower())
-        offset = 0
-        if not prompt.strip():
-            condition[row] = null_words(1, len(vocabulary), width)[0]
-            continue
-        for slot, choices in enumerate(vocabulary):
-            found = [choice for choice in choices if choice in words]
-            if len(found) != 1:
-                raise ValueError(
-                    f"prompt {prompt!r} names {len(found)} of {', '.join(choices)}; this model "
-                    "needs exactly one"
-                )
-            condition[row, slot, offset + choices.index(found[0])] = 1.0
-            offset += len(choices)
-    return condition
-
-
-def null_words(count: int, slots: int, width: int) -> Tensor:
-    """The dropped condition: the last one-hot position, which no word uses."""
-    null = torch.zeros(count, slots, width)
-    null[:, :, -1] = 1.0
-    return null
+        policy: Any = self.build(device, seed)
+        policy.whole_timesteps = False
+        return policy

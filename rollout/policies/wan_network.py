@@ -1,24 +1,14 @@
-"""Diffusers' ``WanTransformer3DModel`` as every Wan policy uses it: forwards, what trains, files."""
+"""Diffusers' ``WanTransformer3DModel`` as every Wan policy uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollout.policies.adapters import set_trainable
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
-    from rollout.policies.wan import WanConfig
-
-# Below this batch size the CPU matrix kernels take another path and the last bits of a sample
-# depend on its company; rows are repeated up to it so that they don't.
-CPU_BATCH = 4
+from rollout.policies.pipelines import CPU_BATCH
 
 
 def wan_linear_names(num_layers: int) -> list[str]:
@@ -81,46 +71,3 @@ def network_features(
     grid = [size // patch for size, patch in sizes]
     tokens = [found[layer][: len(x)].float() for layer in layers]
     return [hidden.transpose(1, 2).unflatten(2, grid) for hidden in tokens]
-
-
-def prepare_transformer(transformer: WanTransformer3DModel, config: WanConfig, seed: int) -> Any:
-    """Set what trains: a Gaussian-initialised adapter, or everything.
-
-    Raises:
-        ValueError: an adapter target that matches no layer.
-    """
-    transformer.train()
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return set_trainable(transformer, config.lora, config.dtype, config.checkpoint, seed)
-
-
-def save_transformer(
-    transformer: Any,
-    weights: Mapping[str, Tensor],
-    directory: Path,
-    adapter: bool,
-    name: str = "transformer",
-) -> None:
-    """Write trained ``weights`` of ``transformer`` as diffusers' loaders read them, under ``name``.
-
-    The values come from ``weights``, not from the module, whose parameters may be sharded.
-    """
-    values = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if adapter:
-        from diffusers import WanPipeline
-        from peft import get_peft_model_state_dict
-
-        layers: Any = get_peft_model_state_dict(transformer, state_dict=values)
-        # Without the adapter's own metadata a loader assumes alpha = rank: another scale.
-        WanPipeline.save_lora_weights(
-            directory,
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )
-        return
-    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-    from safetensors.torch import save_file
-
-    transformer.save_config(directory / name)
-    save_file(values, directory / name / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})

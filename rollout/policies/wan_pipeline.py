@@ -14,91 +14,63 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rollout.policies.base import FlowPolicy
-from rollout.policies.wan_network import (
-    network_features,
-    network_times,
-    network_velocity,
+from rollout.policies.pipelines import (
+    INDEX,
+    STEPPING,
+    PipelinePolicy,
+    pipeline_index,
     prepare_transformer,
     save_transformer,
+    save_two_steps,
 )
-from rollout.policies.wan_text import PromptEmbeddings
+from rollout.policies.prompt_embeddings import UMT5Embeddings, shared_embeddings
+from rollout.policies.wan_network import network_features, network_times, network_velocity
 
 if TYPE_CHECKING:
     from rollout.policies.wan import WanConfig
 
-INDEX = "model_index.json"
+PIPELINE = "WanPipeline"
 NETWORKS = ("transformer", "transformer_2")
-COMPONENTS = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
+# Text encoder and VAE of the published sizes, by the keys of their configs; other keys are defaults.
+PUBLISHED_PARTS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "num_heads": 64,
+        "d_kv": 64,
+        "num_layers": 24,
+        "vocab_size": 256384,
+    },
+    "vae": {"z_dim": 16},
 }
-# The VAE of the published sizes, by the keys of its config.
-PUBLISHED_VAE: dict[str, int] = {"z_dim": 16}
+PUBLISHED_CLASSES = {
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
 
 
-def is_pipeline(directory: Path) -> bool:
-    """Whether it is a pipeline with a text encoder; class-conditional models have conditions.json."""
-    return (directory / INDEX).is_file() and not (directory / "conditions.json").is_file()
-
-
-def pipeline_index(directory: Path) -> dict[str, Any]:
-    """``model_index.json``, after a look at the components it needs.
+def wan_index(directory: Path) -> dict[str, Any]:
+    """``model_index.json`` of a text-to-video pipeline, after a look at its components.
 
     Raises:
-        ValueError: another pipeline than text to video, or one with a component missing.
+        ValueError: another pipeline, or one with a component missing.
     """
     index: dict[str, Any] = json.loads((directory / INDEX).read_text())
-    if index["_class_name"] != "WanPipeline" or index.get("expand_timesteps"):
-        found = (
-            f"{index['_class_name']}{', expand_timesteps' * bool(index.get('expand_timesteps'))}"
-        )
-        raise ValueError(
-            f"{directory} is no text-to-video WanPipeline of Wan 2.1 or 2.2 A14B ({found})"
-        )
+    if index.get("expand_timesteps"):
+        raise ValueError(f"{directory} is no WanPipeline of Wan 2.1 or 2.2 A14B (expand_timesteps)")
     names = network_names(index)
-    parts = dict.fromkeys(names, "config.json") | COMPONENTS
-    missing = [
-        f"{name}/{file}" for name, file in parts.items() if not (directory / name / file).is_file()
-    ]
-    if missing:
-        raise ValueError(
-            f"{directory} has no {', '.join(missing)}; copy or download it again, whole"
-        )
+    found = pipeline_index(directory, PIPELINE, names)
     if len(names) > 1 and index.get("boundary_ratio") is None:
         raise ValueError(f"{directory} has two transformers and no boundary_ratio in {INDEX}")
-    return index
+    return found
 
 
 def network_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The transformers that a ``model_index.json`` lists."""
     return NETWORKS if (index.get(NETWORKS[1]) or [None])[0] else NETWORKS[:1]
-
-
-def snapshot(name: str, download: bool) -> Path:
-    """The directory of the hub's pipeline ``name``; without ``download`` only if it is here already.
-
-    Raises:
-        ValueError: it is not here, and was not to be or could not be downloaded.
-    """
-    from huggingface_hub import snapshot_download
-
-    patterns = [INDEX, *(f"{part}/*" for part in (*COMPONENTS, "transformer_2"))]
-    try:
-        found = snapshot_download(name, allow_patterns=patterns, local_files_only=not download)
-    except OSError as error:  # all of the hub's errors are
-        raise ValueError(
-            f"{name} is not on this machine: run 'hf download {name}' where the hub can be reached "
-            f"(HF_HUB_OFFLINE unset), or give the directory of a copy ({error})"
-        ) from error
-    return Path(found)
 
 
 def latent_shape(vae: Mapping[str, Any], config: WanConfig) -> tuple[int, int, int, int]:
@@ -129,8 +101,8 @@ class _Two(nn.ModuleDict):
             network.enable_adapters()  # pyright: ignore[reportCallIssue]
 
 
-class WanPipelinePolicy(FlowPolicy):
-    """A text-to-video pipeline. Conditions are (B, 512, text_dim) embeddings of the prompts.
+class WanPipelinePolicy(PipelinePolicy):
+    """A text-to-video pipeline.
 
     Attributes:
         whole_timesteps: the network is fed ``floor(1000 t)``, as the published scheduler does; with an
@@ -138,14 +110,16 @@ class WanPipelinePolicy(FlowPolicy):
         boundary: of two transformers, the first serves timesteps from here up, the second below.
     """
 
+    pipeline = PIPELINE
+
     def __init__(
         self, config: WanConfig, directory: Path, device: str, seed: int, reference: bool
     ) -> None:
         from diffusers import WanTransformer3DModel
 
-        index = pipeline_index(directory)
-        self.config, self.directory = config, directory
-        self.whole_timesteps = index["scheduler"][1] != "FlowMatchEulerDiscreteScheduler"
+        index = wan_index(directory)
+        self.config, self.negative_prompt = config, config.negative_prompt
+        self.whole_timesteps = index["scheduler"][1] != STEPPING
         self.boundary: float = 1000 * (index.get("boundary_ratio") or 0.0)
         vae = json.loads((directory / "vae" / "config.json").read_text())
         self.latent_shape = latent_shape(vae, config)
@@ -155,18 +129,13 @@ class WanPipelinePolicy(FlowPolicy):
             networks[name] = prepare_transformer(network, config, seed + offset)
         first = networks["transformer"]
         module: Any = first if len(networks) == 1 else _Two(networks)
-        super().__init__(module.to(device), adapted=config.lora is not None, reference=reference)
+        embeddings = shared_embeddings(
+            UMT5Embeddings, directory.resolve(), config.dtype, torch.device(device)
+        )
+        adapted = config.lora is not None
+        super().__init__(directory, index, module.to(device), embeddings, adapted, reference)
         self.blocks = len(first.blocks)
         self.width = first.config["num_attention_heads"] * first.config["attention_head_dim"]
-        self._embeddings = PromptEmbeddings(directory, config.dtype, self.device)
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """See ``FlowPolicy``; any text is a prompt."""
-        return self._embeddings(prompts)
-
-    def encode_null(self, count: int) -> Tensor:
-        """The negative prompt's embedding."""
-        return self._embeddings([self.config.negative_prompt]).expand(count, -1, -1)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """See ``FlowPolicy``; of two transformers, rows go to their noise level's.
@@ -237,37 +206,40 @@ class WanPipelinePolicy(FlowPolicy):
         video = self._vae.decode(x.float() / (1.0 / std) + mean, return_dict=False)[0]
         return (video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> np.ndarray:
-        """See ``FlowPolicy``; one sample's pixels are held at a time."""
-        return np.concatenate([super(WanPipelinePolicy, self).decode(row) for row in x.split(1)])
-
-    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
-        """What trained, for stock ``WanPipeline``.
-
-        An adapter is ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(directory)``;
-        that of a second transformer is in ``transformer_2/``, for ``load_lora_weights(directory /
-        "transformer_2", load_into_transformer_2=True)``. Whole transformers are written with
-        ``model_index.json`` and links to the components that did not train, where they are now: on
-        this machine ``WanPipeline.from_pretrained(directory)`` is the whole pipeline; elsewhere copy
-        with links followed (``cp -rL``).
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        if not isinstance(self.module, _Two):
-            self._save_network(directory, self.module, weights, "transformer")
-        else:
-            for name in self.module:
-                start = f"{name}."
-                own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-                self._save_network(directory, self.module[name], own, name)
-        if not self._adapted:
-            (directory / INDEX).write_text((self.directory / INDEX).read_text())
-            for part in set(COMPONENTS) - set(NETWORKS):
-                (directory / part).unlink(missing_ok=True)
-                (directory / part).symlink_to((self.directory / part).resolve())
-
-    def _save_network(
-        self, directory: Path, network: Any, weights: Mapping[str, Tensor], name: str
+    def save(
+        self, directory: Path, weights: Mapping[str, Tensor], name: str = "transformer"
     ) -> None:
-        place = directory / name if self._adapted and name != "transformer" else directory
-        save_transformer(network, weights, place, self._adapted, name)
+        """See ``PipelinePolicy``.
+
+        The adapter of a second transformer is in ``transformer_2/``, for ``load_lora_weights(directory
+        / "transformer_2", load_into_transformer_2=True)``.
+        """
+        if not isinstance(self.module, _Two):
+            return super().save(directory, weights, name)
+        directory.mkdir(parents=True, exist_ok=True)
+        for network in NETWORKS:
+            start = f"{network}."
+            own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+            aside = self._adapted and network != "transformer"
+            place = directory / network if aside else directory
+            save_transformer(
+                self.module[network], own, place, self.pipeline, self._adapted, network
+            )
+        if not self._adapted:
+            self.link_components(directory)
+
+    def save_pipeline(
+        self,
+        directory: Path,
+        sigma: float,
+        boundary: float,
+        networks: Sequence[str],
+        renoise: bool,
+    ) -> None:
+        """Make saved ``networks`` a two-step pipeline, see ``WanPolicy.save_pipeline``."""
+        two = len(networks) > 1
+        parts = {
+            "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+            "boundary_ratio": boundary if two else None,
+        }
+        save_two_steps(directory, sigma, renoise, self.index | parts)

@@ -19,7 +19,8 @@ from cluster.cli_audit import audit as verb
 from cluster.sample import Source, open_checkpoint
 from rollout.policies.digits import TRANSFORMER, ensure_base, training_digits, vocabulary
 from rollout.policies.two_step import TwoStepPolicy
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 
 app = typer.Typer()
 app.command()(verb)

@@ -36,7 +36,7 @@ from rl.tilt import FlowTilt, RewardSum
 from rollout.draws import EVALUATION_STEP, Prompt, groups_for
 from rollout.guidance.gradient import NTRK
 from rollout.guidance.search import BestOfN
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 
 COMPARE = (
     "compare={kind: flow, budgets: [4, 8], samples: 10, methods: [{kind: best_of_n}, {kind: ntrk}]}"
@@ -264,3 +264,12 @@ def test_default_methods_are_those_that_the_reward_allows(
     assert [p.method for p in measure(recipe, in_process(recipe))] == [PLAIN, *kinds]
     kept = settled(digits_recipe(), [], None).comparison
     assert [m.kind for m in kept.methods] == [*kinds, "dps", "ntrk"] and kept.budgets == ()
+
+
+def test_a_reward_of_another_environment_is_asked_where_it_is_served():
+    hpsv2 = "rewards=[{kind: hpsv2}]"
+    loaded = load(Path("digits/flash_grpo"), Recipe, [hpsv2])
+    ((key, words),) = unreachable(loaded.value)
+    assert key == "rewards.0" and "say compare: {kind: flow, served: true}" in words
+    served = load(Path("digits/flash_grpo"), Recipe, [hpsv2, "compare={kind: flow, served: true}"])
+    assert list(unreachable(served.value)) == []

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from cluster import report
 from cluster.launch import run_locally
+from cluster.media import write_evaluated
 from cluster.monitors import widening
 from cluster.plots import sample_grid
 from cluster.report import write_report
@@ -61,6 +66,63 @@ def test_names_are_escaped_and_an_empty_run_reports(tmp_path: Path):
     page = write_report(tmp_path).read_text()
     assert "<script>" not in page
     assert "No evaluation yet" in page
+
+
+def video_run(path: Path, prompt: str, *steps: int) -> Path:
+    """A run directory with the videos of evaluations, as a run writes them."""
+    (path / "recipe.yaml").write_text("name: videos")
+    (path / "evaluation").mkdir()
+    generator = np.random.default_rng(0)
+    for step in steps:
+        directory = path / "samples" / f"step_{step:06d}"
+        directory.mkdir(parents=True)
+        media = generator.integers(0, 256, (2, 4, 8, 8, 1), dtype=np.uint8)
+        prompts = [prompt, "two"]
+        write_evaluated(directory, media, prompts)
+        samples = [{"prompt": text, "scores": {"ink": [0.25], "ocr": [None]}} for text in prompts]
+        document = json.dumps({"step": step, "samples": samples})
+        (path / "evaluation" / f"step_{step:06d}.json").write_text(document)
+    return path
+
+
+def sources(page: str, tag: str) -> list[str]:
+    return re.findall(rf'<{tag}[^>]* src="([^"]*)"', page)
+
+
+def test_videos_play_within_the_page_beside_their_contact_sheets(tmp_path: Path):
+    run = video_run(tmp_path, "one", 0, 5, 10)
+    page = write_report(run).read_text()
+    for tag, kind, ending in (("video", "video/mp4", "mp4"), ("img", "image/jpeg", "jpg")):
+        held = [
+            base64.b64decode(s.removeprefix(f"data:{kind};base64,")) for s in sources(page, tag)
+        ]
+        files = [
+            run / "samples" / f"step_{step:06d}" / f"{sample}.{ending}"
+            for sample in ("000_one", "001_two")
+            for step in (0, 10)
+        ]
+        assert held == [file.read_bytes() for file in files]
+    assert page.count("step 000000, ink 0.25, ocr ") == 2
+    assert page.count("Samples at the same seeds") == 1 and "image/png" not in page
+
+
+def test_videos_too_large_for_the_page_are_linked_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "EMBEDDED", 100)
+    run = video_run(tmp_path, "狐 & fox", 0, 5)
+    page = write_report(run).read_text()
+    linked = sources(page, "video")
+    assert len(linked) == 4 and all("狐" not in address for address in linked)
+    assert all((run / unquote(address)).is_file() for address in linked)
+    assert "The videos lie in samples/ beside this file" in page
+
+
+def test_prompts_of_videos_are_escaped(tmp_path: Path):
+    prompt = '"><script>alert(1)</script>{{ 7 * 7 }}'
+    page = write_report(video_run(tmp_path, prompt, 0)).read_text()
+    assert "<script>" not in page and "49" not in re.sub(r'src="[^"]*"', "", page)
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}") == 2
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path):

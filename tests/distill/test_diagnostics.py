@@ -14,7 +14,8 @@ from distill.diagnostics import (
     mismatch,
     statistics_drift,
 )
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 
 RATIOS = ("contrast_ratio", "sharpness_ratio", "motion_ratio")
 

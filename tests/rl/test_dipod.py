@@ -38,7 +38,7 @@ from rl.text_batches import TextBatch
 from rollout.draws import groups_for, keyed_generator
 from rollout.flow_sampler import FlowSampler, FlowSamplerConfig, Transitions
 from rollout.masked import Completions
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 from rollout.prompts import DigitPrompts
 
 

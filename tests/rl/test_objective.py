@@ -18,7 +18,7 @@ from rl.metrics import DriftError, check_drift, flow_metrics
 from rl.rollout_set import optimiser_steps
 from rollout.draws import groups_for
 from rollout.flow_sampler import FlowSampler, FlowSamplerConfig
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 from rollout.prompts import DigitPrompts
 
 GROUPS = groups_for(DigitPrompts().load(), seed=0, step=0, count=4, size=4)

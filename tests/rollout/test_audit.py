@@ -20,7 +20,7 @@ from rollout.audit import (
     spread_of,
 )
 from rollout.draws import keyed_generator
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 
 MEAN, S0 = 1.0, 0.5
 

@@ -14,7 +14,7 @@ from rl.items import Item
 from rollout.draws import groups_for
 from rollout.flow import FlowPlan, TailConfig, dpmpp_2m_step, ode_step, sde_step
 from rollout.flow_sampler import FlowSampler, FlowSamplerConfig
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 from rollout.prompts import DigitPrompts
 
 PROMPTS = DigitPrompts().load()

@@ -24,7 +24,7 @@ from rollout.guidance.jeffrey import (
     marginal_of,
 )
 from rollout.policies.digits import training_digits
-from rollout.policies.wan import WanPolicy
+from rollout.policies.wan_conditional import WanPolicy
 
 # A mixture on the line.
 SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)

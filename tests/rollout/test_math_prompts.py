@@ -219,7 +219,7 @@ def test_sources_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path):
     write(tmp_path / "both" / "train.jsonl", GSM8K)
     write(tmp_path / "both" / "train.parquet", GSM8K)
     for name, words in {
-        "rows.csv": r"rows\.csv: problems are read from \.jsonl, .*: convert it",
+        "rows.csv": r"rows\.csv: rows are read from \.jsonl, .*: convert it",
         "latin.jsonl": r"latin\.jsonl: cannot be read as UTF-8",
         "broken.parquet": r"broken\.parquet: cannot be read as parquet",
         "text.json": r"text\.json: is no list: it holds a list of objects",

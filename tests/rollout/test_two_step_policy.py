@@ -17,7 +17,8 @@ from rollout.flow import FlowPlan, shifted_sigmas
 from rollout.flow_sampler import FlowSampler, FlowSamplerConfig
 from rollout.policies.adapters import LoraAdapter
 from rollout.policies.two_step import Parameters, TwoStepPolicy
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 
 PARAMETERS: list[Parameters] = ["shared", "lora_per_step", "full_per_step"]
 LORA = LoraAdapter(rank=4, alpha=8)

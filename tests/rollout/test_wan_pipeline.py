@@ -19,8 +19,10 @@ from rollout.draws import Prompt, groups_for
 from rollout.flow import FlowPlan, log_prob, sde_step
 from rollout.flow_sampler import FlowRollout, FlowSampler, FlowSamplerConfig
 from rollout.policies.adapters import LoraAdapter
+from rollout.policies.prompt_embeddings import shared_embeddings
 from rollout.policies.two_step import TwoStepPolicy
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 from rollout.policies.wan_pipeline import WanPipelinePolicy
 from tests.rollout.tiny_wan import FRAMES, HEIGHT, STEPS, WIDTH, stock, write_pipeline
 
@@ -63,7 +65,9 @@ def ours(pipeline: Any, policy: WanPipelinePolicy, guidance: float) -> FlowRollo
     return rollout
 
 
-def theirs(pipeline: Any, rollout: FlowRollout, guidance: float, kind: str = "latent") -> Any:
+def theirs(
+    pipeline: Any, rollout: FlowRollout, guidance: float, kind: str = "latent", steps: int = STEPS
+) -> Any:
     """Stock's output from the same noise."""
     shape = rollout.replay.final.shape[1:]
     latents = torch.stack([rollout.group.draw(j).noise("initial", shape) for j in range(2)])
@@ -73,7 +77,7 @@ def theirs(pipeline: Any, rollout: FlowRollout, guidance: float, kind: str = "la
         height=HEIGHT,
         width=WIDTH,
         num_frames=FRAMES,
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         latents=latents,
         output_type=kind,
@@ -138,6 +142,9 @@ def test_a_prompt_is_encoded_once_and_by_itself(one: Path, monkeypatch: pytest.M
     together = policy.encode([PROMPT, "a dog"])
     monkeypatch.setattr(policy._embeddings, "_encode", lambda prompts: pytest.fail("again"))
     assert torch.equal(policy.encode(["a dog", PROMPT, "a dog"]), together[[1, 0, 1]])
+    # Another policy of the pipeline, a student, shares them; alone it would have the same.
+    assert torch.equal(built(one).encode(["a dog"]), together[1:])
+    shared_embeddings.cache_clear()
     assert torch.equal(built(one).encode(["a dog"]), together[1:])
 
 
@@ -317,12 +324,19 @@ def test_what_is_missing_or_does_not_fit_is_named(one: Path, two: Path, tmp_path
         (broken / part).unlink()
         with pytest.raises(ValueError, match=f"has no {part}; copy or download it again"):
             config(broken).linear_names()
-    for key, value in (("_class_name", "WanImageToVideoPipeline"), ("expand_timesteps", True)):
+    for key, value, words in (
+        (
+            "_class_name",
+            "WanImageToVideoPipeline",
+            "is a WanImageToVideoPipeline, not a WanPipeline",
+        ),
+        ("expand_timesteps", True, "is no WanPipeline of Wan 2.1 or 2.2 A14B"),
+    ):
         other = tmp_path / key
         shutil.copytree(one, other)
         index = json.loads((one / "model_index.json").read_text()) | {key: value}
         (other / "model_index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="is no text-to-video WanPipeline"):
+        with pytest.raises(ValueError, match=words):
             config(other).build()
     for sizes in ({"height": 40}, {"width": 8}, {"frames": 6}, {"frames": 0}):
         with pytest.raises(ValidationError, match=next(iter(sizes))):
@@ -333,8 +347,8 @@ def test_what_is_missing_or_does_not_fit_is_named(one: Path, two: Path, tmp_path
     (wide / "vae" / "config.json").write_text(json.dumps(vae | {"scale_factor_spatial": 16}))
     with pytest.raises(ValueError, match="width and height multiples of 32"):
         config(wide).build()
-    with pytest.raises(ValueError, match="no student that runs yet"):
-        TwoStepPolicy(config(one), "shared", (1.0, 0.8, 0.0))
+    with pytest.raises(ValueError, match="a pipeline of two transformers has no student"):
+        TwoStepPolicy(config(two), "shared", (1.0, 0.8, 0.0))
 
 
 def test_a_published_pipeline_is_fetched_when_it_is_prepared(
@@ -343,7 +357,7 @@ def test_a_published_pipeline_is_fetched_when_it_is_prepared(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     published = WanConfig(checkpoint=HUB)
-    assert published.video_latent() == (16, 21, 60, 104)
+    assert published.latent() == (16, 21, 60, 104)
     for read in (published.prepare, published.directory, published.build):
         with pytest.raises(ValueError, match=f"not on this machine: run 'hf download {HUB}'"):
             read()
@@ -354,6 +368,21 @@ def test_a_published_pipeline_is_fetched_when_it_is_prepared(
     (place / "refs" / "main").write_text(commit)
     assert published.prepare() == published.directory() == place / "snapshots" / commit
     assert built(Path(HUB)).blocks == 2
+
+
+@pytest.mark.parametrize("parameters", ["full_per_step", "shared"])
+def test_a_two_step_student_is_stock_s_pipeline(one: Path, tmp_path: Path, parameters: Any):
+    student = TwoStepPolicy(config(one), parameters, (1.0, 0.8, 0.0))
+    perturb(student)
+    student.save(tmp_path, student.trainable())
+    pipeline = stock(tmp_path)
+    sampler = FlowSamplerConfig(steps=2, shift=4.0, sigma_max=1.0).build(student)
+    assert sampler.grid.sigmas == pytest.approx((1.0, 0.8, 0.0))
+    groups = groups_for([Prompt("1", PROMPT, {})], seed=0, step=0, count=1, size=2)
+    (rollout,) = sampler.sample(groups, [FlowPlan(keep_final=True)])
+    close(rollout, theirs(pipeline, rollout, 1.0, steps=2))
+    # It is a pipeline that trains again, of two transformers where the steps have one each.
+    assert config(tmp_path).networks == (2 if parameters == "full_per_step" else 1)
 
 
 def test_a_two_step_student_stays_class_conditional(tmp_path: Path):

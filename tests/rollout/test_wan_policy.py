@@ -10,7 +10,8 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DMode
 
 from rollout.policies.adapters import LoraAdapter, unmatched_targets
 from rollout.policies.digits import moving_digits, training_digits
-from rollout.policies.wan import WanConfig, WanPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.wan_conditional import WanPolicy
 
 
 def inputs(policy: WanPolicy, count: int = 9):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from rollout.masked import end_at_eos
 from rollout.policies.adapters import LoraAdapter, set_trainable
 from rollout.policies.base import MaskedDiffusionPolicy
+from rollout.policies.llada.loading import HEAD, load_network, stored_tensors
+from rollout.policies.llada.quantization import Quantization
 
 EMBEDDED = ("sudoku", "countdown")
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
-# The head is called like the down projection of a block: as an adapter's target, "ff_out" means the
-# blocks' only.
-HEAD = "transformer.ff_out"
 
 
 class LladaAdapter(LoraAdapter, frozen=True, extra="forbid"):
@@ -49,6 +48,11 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Compute type of the forward; trained parameters stay fp32."
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="Keep the frozen base below an adapter in 8 bits (int8) or 4 (nf4); needs "
+        "bitsandbytes. None: in the compute type.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass."
     )
@@ -58,6 +62,14 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
         description="Times that a forward goes through the blocks of a looped model, a saved model's "
         "own from then on; none: as it was trained.",
     )
+
+    @model_validator(mode="after")
+    def _adapted(self) -> Self:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"quantization: {self.quantization} weights do not train; give lora, or leave it out"
+            )
+        return self
 
     def directory(self) -> Path:
         """Where the weights are, or for an embedded model will be after ``prepare``.
@@ -94,10 +106,10 @@ class LladaConfig(BaseModel, frozen=True, extra="forbid"):
         """Names of the linear layers an adapter can go on, without building the network.
 
         Raises:
-            ValueError: the checkpoint is not here and is no hub id either.
+            ValueError: the checkpoint is not here and is no hub id either, or is not whole.
         """
-        if not self.on_hub:
-            self.directory()
+        if not self.on_hub and self.checkpoint not in EMBEDDED:
+            stored_tensors(self.directory())
         return [f"model.transformer.blocks.0.{name}" for name in BLOCK_LINEARS]
 
     def sizes(self) -> dict[str, Any]:
@@ -170,20 +182,13 @@ class LladaPolicy(MaskedDiffusionPolicy):
     def __init__(
         self, config: LladaConfig, directory: Path, device: str, seed: int, reference: bool
     ) -> None:
-        from rollout.policies.llada.modeling import LLaDAModelLM
         from rollout.policies.llada.tokenizer import load_tokenizer
 
         self.config = config
         self.tokenizer: Any = load_tokenizer(directory)
         half = config.dtype == "bfloat16" and config.lora is not None
-        loaded: Any = LLaDAModelLM.from_pretrained(
-            directory,
-            dtype=torch.bfloat16 if half else torch.float32,
-            output_loading_info=True,
-        )
-        network, report = loaded
-        if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
-            raise ValueError(f"{directory}: tensors missing or left over: {', '.join(wrong[:4])}")
+        dtype = torch.bfloat16 if half else torch.float32
+        network = load_network(directory, dtype, device, config.quantization)
         if config.loops is not None:
             set_loops(network, config.loops, directory)
         self.mask_token_id = network.config.mask_token_id
