@@ -29,7 +29,9 @@ from cluster.launch import run_locally
 from cluster.run import describe
 from cluster.sample import draw, open_checkpoint
 from cluster.tracking import MetricsFile
+from recipes.check_comparison import unreachable
 from recipes.schema import Recipe
+from recipes.source import load
 from rewards.digits import DigitLogProb
 from rl.contracts import GuidancePlan
 from rl.tilt import FlowTilt, RewardSum
