@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ from pydantic import Field
 from rewards.clip_score import Clip, ModelSettings
 from rewards.contract import RewardFunction
 from rewards.frames import FrameScoreSettings
+from rewards.published import missing_weights, weights_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +44,7 @@ class Aesthetic(ModelSettings, FrameScoreSettings, frozen=True, extra="forbid"):
 
     def problem(self) -> str | None:
         """Whether a local ``model`` and a local ``head`` are there."""
-        found = super().problem()
-        if found is None and not _on_hub(self.head) and not _local(self.head).is_file():
-            return f"{self.head!r} is no file here; give field 'head' one, or owner/name/file on the hub"
-        return found
+        return super().problem() or missing_weights("head", self.head)
 
 
 class AestheticScores:
@@ -95,7 +92,7 @@ def read_head(name: str, width: int) -> list[tuple[Tensor, Tensor]]:
     import torch
     from safetensors.torch import load_file
 
-    path = _fetched(name) if _on_hub(name) else _local(name)
+    path = weights_file("head", name)
     if path.suffix == ".safetensors":
         state: Any = load_file(path)
     else:
@@ -115,26 +112,3 @@ def read_head(name: str, width: int) -> list[tuple[Tensor, Tensor]]:
             f"but they are given {leads}: the CLIP model has to be the one it was trained on"
         )
     return head
-
-
-def _local(name: str) -> Path:
-    return Path(name).expanduser()
-
-
-def _on_hub(name: str) -> bool:
-    """Whether it reads like owner/name/file and is no file here."""
-    return not _local(name).exists() and name.count("/") == 2 and name[0] not in "./~"
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    repository, _, file = name.rpartition("/")
-    try:
-        return Path(hf_hub_download(repository, file))
-    except OSError as error:
-        raise ValueError(
-            f"aesthetic head {name!r} is neither a file here nor to be had from the Hugging Face "
-            f"hub ({type(error).__name__}); where there is a network run 'hf download {repository} "
-            f"{file}', or give a local file"
-        ) from error

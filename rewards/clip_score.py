@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from rewards.contract import RewardFunction, RewardSettings
 from rewards.frames import FrameScoreSettings, Preprocessing
+from rewards.published import missing_model, pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,32 +231,3 @@ class Clip:
             pixel_values=inputs.to(self.model.device, self.model.dtype)
         )
         return normalize(features.pooler_output.float(), dim=-1)
-
-
-def missing_model(field: str, name: str) -> str | None:
-    """Why ``name`` is neither a directory here nor a hub id; None if it is one of them."""
-    path = Path(name).expanduser()
-    on_hub = not path.exists() and name.count("/") <= 1 and name[:1] not in {"", ".", "/", "~"}
-    if on_hub or (path / "config.json").is_file() or (path / "preprocessor_config.json").is_file():
-        return None
-    return (
-        f"{name!r} is no directory of a model; give field {field!r} one, or a hub id (owner/name)"
-    )
-
-
-def pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """``kind.from_pretrained`` of a directory or a hub id.
-
-    Raises:
-        ValueError: it cannot be had, with the remedy.
-    """
-    path = Path(name).expanduser()
-    try:
-        return kind.from_pretrained(str(path) if path.exists() else name, **options)
-    except OSError as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(
-            f"{kind.__name__} of {name!r} is neither in a directory here nor to be had from the "
-            f"Hugging Face hub ({reason}); where there is a network run 'hf download {name}', or "
-            "give a local directory"
-        ) from error

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rewards.clip_score import pretrained
 from rewards.geneval_rules import Detection
+from rewards.published import pretrained
 
 OWL = ("owlvit", "owlv2")
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from pydantic import Field
 
-from rewards.clip_score import CLIP_L, Clip, missing_model
+from rewards.clip_score import CLIP_L, Clip
 from rewards.contract import RewardFunction
 from rewards.detectors import Detector, read_detector
 from rewards.frames import FrameScoreSettings
 from rewards.geneval_rules import COUNTING, Asked, Color, Detection, correct, kept, share
+from rewards.published import missing_model
 
 if TYPE_CHECKING:
     from torch import Tensor

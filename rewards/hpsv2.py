@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rewards.contract import RewardFunction
 from rewards.frames import FrameScoreSettings
+from rewards.published import fetched, missing_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,40 +127,3 @@ def fitted(frames: np.ndarray, size: int) -> Tensor:
         pixels = interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     left, top = (size - width) // 2, (size - height) // 2
     return pad(pixels, (left, size - width - left, top, size - height - top))
-
-
-def fetched(field: str, name: str, file: str) -> Path:
-    """``name`` where it is a file, else ``file`` in the directory or hub repository ``name``.
-
-    Raises:
-        ValueError: it cannot be had, with the remedy.
-    """
-    problem = missing_file(field, name, file)
-    if problem is not None:
-        raise ValueError(problem)
-    path = Path(name).expanduser()
-    if path.exists():
-        return path if path.is_file() else path / file
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except OSError as error:
-        raise ValueError(
-            f"{file} of {name!r} cannot be had from the Hugging Face hub ({type(error).__name__}); "
-            f"where there is a network run 'hf download {name} {file}', or give field {field!r} a "
-            "local directory"
-        ) from error
-
-
-def missing_file(field: str, name: str, file: str) -> str | None:
-    """Why ``name`` is no file, no directory with ``file`` and no hub id; None if it is one."""
-    path = Path(name).expanduser()
-    if path.is_file() or (path / file).is_file():
-        return None
-    if not path.exists() and name.count("/") == 1 and name[0] not in "./~":
-        return None
-    return (
-        f"{name!r} is no file and no directory with {file}; give field {field!r} one, or a hub id "
-        "(owner/name)"
-    )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rewards.contract import RewardFunction
 from rewards.frames import FrameScoreSettings
-from rewards.hpsv2 import fetched, missing_file
+from rewards.published import fetched, missing_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards.clip_score import missing_model
 from rewards.contract import RewardFunction
 from rewards.frames import FrameSettings
 from rewards.judge_engines import (
@@ -30,6 +29,7 @@ from rewards.judge_engines import (
     wrong_url,
 )
 from rewards.judge_scoring import JudgeScores, compiled
+from rewards.published import missing_model
 
 FILES = (".j2", ".jinja", ".txt")
 MOST_SCORES = 101

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from rewards.clip_score import ModelSettings, missing_model, pretrained
+from rewards.clip_score import ModelSettings
 from rewards.contract import RewardFunction
 from rewards.frames import FrameScoreSettings
+from rewards.published import missing_model, missing_weights, pretrained, weights_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,11 +81,7 @@ class VlmScore(ModelSettings, FrameScoreSettings, frozen=True, extra="forbid"):
     def problem(self) -> str | None:
         """Whether a local ``model``, a local ``checkpoint`` and the ``template`` are there."""
         found = missing_model("model", self.model)
-        if found is None and not _on_hub(self.checkpoint) and not _local(self.checkpoint).is_file():
-            found = (
-                f"{self.checkpoint!r} is no file here; give field 'checkpoint' one, or "
-                "owner/name/file on the hub"
-            )
+        found = found or missing_weights("checkpoint", self.checkpoint)
         if found is None and not self.template.is_file():
             found = f"{str(self.template)!r} is no file; give field 'template' the instruction's"
         return found
@@ -227,9 +224,7 @@ def read_weights(name: str) -> dict[str, Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    path = _fetched(name) if _on_hub(name) else _local(name)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {name!r} is no file here; give one, or owner/name/file")
+    path = weights_file("checkpoint", name)
     if path.suffix == ".safetensors":
         return load_file(path)
     state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -297,26 +292,3 @@ def read_model(state: Mapping[str, Tensor], config: Any, words: int, settings: V
                 f"{len(loaded[1][what]) - 1} more"
             )
     return loaded[0].model.to(settings.device).eval().requires_grad_(False)
-
-
-def _local(name: str) -> Path:
-    return Path(name).expanduser()
-
-
-def _on_hub(name: str) -> bool:
-    """Whether it reads like owner/name/file and is no file here."""
-    return not _local(name).exists() and name.count("/") == 2 and name[0] not in "./~"
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    repository, _, file = name.rpartition("/")
-    try:
-        return Path(hf_hub_download(repository, file))
-    except OSError as error:
-        raise ValueError(
-            f"checkpoint {name!r} is neither a file here nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}); where there is a network run 'hf download {repository} "
-            f"{file}', or give a local file"
-        ) from error

@@ -159,5 +159,5 @@ def test_problems_and_what_cannot_be_had_name_the_remedy(
     problem = Aesthetic(model="./absent").problem()
     assert problem is not None and "'model'" in problem
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"hf download rectify-tests/absent head\.pth.*local file"):
+    with pytest.raises(ValueError, match=r"hf download rectify-tests/absent head\.pth.*local copy"):
         reward(files, head="rectify-tests/absent/head.pth")
