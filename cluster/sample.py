@@ -26,7 +26,7 @@ from cluster.media import VideoFormat, write_media, write_texts
 from cluster.trained import STATE_FILE
 from cluster.weights import WeightsMismatch, bind, pack
 from cluster.workers import sampler_of
-from recipes.schema import DistillRecipe, GroupsConfig, recipe_type
+from recipes.schema import DistillRecipe, GroupsConfig, PolicyConfig, recipe_type
 from recipes.source import load
 from rl.catalogue import build_algorithm
 from rl.contracts import PlainPlan
@@ -36,12 +36,13 @@ from rollout.flow_sampler import FlowRollout, FlowSamplerConfig
 from rollout.masked import DecodePlan, MaskedRollout, MaskedSamplerConfig
 from rollout.policies.base import FlowPolicy, MaskedDiffusionPolicy
 from rollout.policies.llada.policy import LladaConfig
+from rollout.policies.pipelines import RENOISING
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
+from rollout.policies.z_image import ZImageConfig
 
 STUDENT = "student:"  # of a distillation's networks, the one that is sampled
 Policy = FlowPolicy | MaskedDiffusionPolicy
-PolicyConfig = WanConfig | LladaConfig
 
 
 class SampleError(Exception):
@@ -101,7 +102,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Source:
         return _of_policy(place, config, run or place.parent)
     raise SampleError(
         f"{path} is no checkpoint: give a run directory, RUN/checkpoints/step_000040, or a whole model's "
-        "directory (Wan: transformer/config.json and conditions.json; LLaDA: config.json)"
+        "directory (Wan, Z-Image: model_index.json, or transformer/ and conditions.json; LLaDA: config.json)"
     )
 
 
@@ -129,18 +130,24 @@ def _of_run(run: Path, found: Checkpoint) -> Source:
 
 
 def _of_policy(path: Path, config: PolicyConfig, home: Path) -> Source:
-    """A model in its library's layout, with the default sampler of its kind."""
-    two_step = isinstance(config, WanConfig) and (path / "model_index.json").is_file()
-    build = (lambda device: TwoStepPolicy.load(path, device)) if two_step else config.build
-    policy: Any = _loaded(build, True, path)
-    if isinstance(policy, TwoStepPolicy):
-        shift = policy.sigmas[1] / (1 - policy.sigmas[1])  # of sigma(1/2) = shift / (1 + shift)
-        sampler = FlowSamplerConfig(steps=2, shift=shift, sigma_max=1.0)
-        plan = FlowPlan(renoise=policy.renoise)
-    elif isinstance(config, WanConfig):
+    """A model in its library's layout, with its pipeline's sampler or the default of its kind."""
+    scheduler = _scheduler(path)
+    sampler: Any = MaskedSamplerConfig()
+    plan: PlainPlan = DecodePlan(temperature=0.0, exact=True)
+    build: Callable[[str], Any] = config.build
+    if not isinstance(config, LladaConfig):
         sampler, plan = FlowSamplerConfig(), FlowPlan()
-    else:
-        sampler, plan = MaskedSamplerConfig(), DecodePlan(temperature=0.0, exact=True)
+        sigma = scheduler.get("shift_terminal")
+        if sigma:  # a student of two steps
+            # Of sigma(1/2) = shift / (1 + shift).
+            sampler = FlowSamplerConfig(steps=2, shift=sigma / (1 - sigma), sigma_max=1.0)
+            plan = FlowPlan(renoise=scheduler["_class_name"] == RENOISING)
+            if config.networks == 1:
+                build = lambda device: TwoStepPolicy.load(config, device)  # noqa: E731
+        elif config.pipeline:
+            shift = scheduler.get("flow_shift") or scheduler.get("shift") or 1.0
+            sampler = FlowSamplerConfig(steps=50, shift=shift, guidance_scale=5.0, batch_size=1)
+    policy: Any = _loaded(build, True, path)
     return Source(
         policy=policy,
         sampler=sampler.build(policy),  # pyright: ignore[reportArgumentType]
@@ -183,10 +190,23 @@ def _verified(path: Path) -> Checkpoint:
     return Checkpoint(path, state.pop("step"), state)
 
 
+def _scheduler(path: Path) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler; empty where there is none."""
+    file = path / "scheduler" / "scheduler_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def _policy_config(path: Path) -> PolicyConfig | None:
     """What a directory in a stock layout holds."""
     if all((path / part).is_file() for part in ("transformer/config.json", "conditions.json")):
         return WanConfig(checkpoint=str(path))
+    index = path / "model_index.json"
+    if index.is_file():
+        name = json.loads(index.read_text())["_class_name"]
+        kinds: dict[str, Any] = {"WanPipeline": WanConfig, "ZImagePipeline": ZImageConfig}
+        if name not in kinds:
+            raise SampleError(f"{path} is a {name}; there are: {', '.join(kinds)}")
+        return kinds[name](checkpoint=str(path))
     file = path / "config.json"
     if not file.is_file():
         return None

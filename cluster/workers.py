@@ -22,6 +22,7 @@ from rewards.catalogue import RewardConfig
 from rewards.serving import RewardServer
 from rl.contracts import GuidancePlan, Plan
 from rl.gap import variational_gap
+from rl.sft import given
 from rl.tilt import Score
 from rollout.draws import Group
 from rollout.flow_sampler import FlowRollout, FlowSummary
@@ -135,7 +136,10 @@ class RolloutWorker:
             assert isinstance(self.recipe, Recipe)
             self.guide = self.guide or Guide(self.recipe, self.policy, self.sampler, self.served)
             return self.guide.sample(groups, plan.method)
-        rollouts = self.sampler.sample(groups, plans)
+        if isinstance(plan, DecodePlan) and plan.given is not None:
+            rollouts = given(self.sampler, groups, plan.given)
+        else:
+            rollouts = self.sampler.sample(groups, plans)
         return rollouts, [self._facts(r, p) for r, p in zip(rollouts, plans, strict=True)]
 
     def _single(self, group: Group, plan: Plan) -> tuple[Rollout | str, Facts]:

@@ -18,6 +18,7 @@ from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
 from rl.grpo import GRPOConfig
 from rl.nft import NFTConfig
+from rl.sft import SFTConfig, filled
 from rl.text import TextAlgorithm, TextSettings
 from rollout.flow import DiffusionConfig
 from rollout.flow_sampler import FlowSamplerConfig
@@ -66,7 +67,7 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
     kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _noised(recipe), _sizes(recipe)]
-    return [*kinds, comparison(recipe)]
+    return [*kinds, _answers(recipe), comparison(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -171,6 +172,23 @@ def _noised(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "rl.draws", f"{rl.draws} draws are more than the {sampler.steps} sigmas of the grid"
 
 
+def _answers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every training prompt of SFT has its answer; prompts of the hub are not fetched to see."""
+    prompts, rl = recipe.prompts, recipe.rl
+    if not isinstance(rl, SFTConfig) or (isinstance(prompts, RowSource) and prompts.on_hub):
+        return
+    try:
+        loaded = prompts.load()
+    except ValueError:  # named with the policy's checks
+        return
+    for prompt in loaded:
+        try:
+            filled(rl.completion, prompt.columns)
+        except ValueError as error:
+            yield "rl.completion", f"prompt {prompt.id!r} {error}"
+            return
+
+
 def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     groups, rl = recipe.rollout.prompts_per_step, recipe.rl
     if groups % rl.minibatches:
@@ -264,8 +282,17 @@ def _quantization(policy: LladaConfig, zero_stage: int) -> Iterator[tuple[str, s
         )
 
 
+def _follows(recipe: Recipe) -> bool:
+    """Whether rewards decide what is trained on."""
+    return not isinstance(recipe.rl, SFTConfig) or recipe.rl.minimum_reward is not None
+
+
 def _rewards(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
-    if isinstance(recipe, Recipe) and all(config.weight == 0 for config in recipe.rewards):
+    if (
+        isinstance(recipe, Recipe)
+        and _follows(recipe)
+        and not any(c.weight for c in recipe.rewards)
+    ):
         yield "rewards", "every weight is 0: there is nothing to train on"
     seen: set[str] = set()
     for part, configs in (
@@ -317,7 +344,9 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
         "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
         "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
         + (
-            " (on-policy: the ratio is 1)" if rl.on_policy and not isinstance(rl, NFTConfig) else ""
+            " (on-policy: the ratio is 1)"
+            if rl.on_policy and not isinstance(rl, NFTConfig | SFTConfig)
+            else ""
         ),
         "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
         f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",

@@ -14,6 +14,7 @@ from rl.flow_grpo import FlowGRPO, FlowGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFast, FlowGRPOFastConfig
 from rl.fpo import FPO, FPOConfig
 from rl.nft import NFT, NFTConfig
+from rl.sft import SFT, SFTConfig
 from rl.spg import SPG, SPGConfig
 from rl.text import TextAlgorithm, TextSettings
 from rl.trace_rl import TraceRL, TraceRLConfig
@@ -23,7 +24,7 @@ from rollout.masked import MaskedSamplerConfig
 
 FlowAlgorithmConfig = FlashGRPOConfig | FlowGRPOConfig | FlowGRPOFastConfig | NFTConfig
 TextAlgorithmConfig = (
-    SPGConfig | DiffuGRPOConfig | FPOConfig | ESPOConfig | WD1Config | TraceRLConfig
+    SPGConfig | DiffuGRPOConfig | FPOConfig | ESPOConfig | WD1Config | TraceRLConfig | SFTConfig
 )
 AlgorithmConfig = Annotated[FlowAlgorithmConfig | TextAlgorithmConfig, Field(discriminator="kind")]
 
@@ -72,3 +73,5 @@ def _on_text(config: TextAlgorithmConfig, sampler: MaskedSamplerConfig, seed: in
             return WD1(config, sampler, seed)
         case TraceRLConfig():
             return TraceRL(config, sampler, seed)
+        case SFTConfig():
+            return SFT(config, sampler, seed)

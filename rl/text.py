@@ -96,7 +96,8 @@ class TextAlgorithm(Algorithm[TextSettings]):
             "advantage": batch.advantages,
             "loss": (batch.weights * losses - batch.distillation * bound).detach(),
         }
-        scored = batch.scored.flatten(1).any(1)  # a padding batch has a row and no completion
+        # A padding batch has a row and no completion; a completion may come without a mask.
+        scored = batch.scored.flatten(1).any(1) | (batch.advantages != 0)
         return loss, {name: column[scored] for name, column in table.items()}
 
     def scores(self, policy: MaskedDiffusionPolicy, batch: TextBatch) -> Tensor:

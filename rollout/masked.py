@@ -84,12 +84,14 @@ class DecodePlan:
         steps, temperature: None: the recipe's.
         exact: without cache or threshold, whatever the recipe says.
         orders: estimate the variational gap of the samples from so many orders (0: don't).
+        given: decode nothing: the text to take instead, columns in braces (``rl/sft.py``).
     """
 
     steps: int | None = None
     temperature: float | None = None
     exact: bool = False
     orders: int = 0
+    given: str | None = None
 
 
 @dataclass(frozen=True)

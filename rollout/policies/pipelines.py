@@ -8,34 +8,20 @@ Euler steps, samples are stock's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rollout.policies.adapters import LoraAdapter, set_trainable
 from rollout.policies.base import FlowPolicy
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from rollout.policies.prompt_embeddings import PromptEmbeddings
-
-    class TransformerOptions(Protocol):
-        """The options of a policy that say what trains of its transformer, and how."""
-
-        @property
-        def checkpoint(self) -> str: ...
-        @property
-        def lora(self) -> LoraAdapter | None: ...
-        @property
-        def dtype(self) -> Any: ...
-        @property
-        def gradient_checkpointing(self) -> bool: ...
-
 
 INDEX = "model_index.json"
 COMPONENTS = {
@@ -50,6 +36,24 @@ STEPPING, RENOISING = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 # Below this batch size the CPU matrix kernels take another path and the last bits of a sample
 # depend on its company; rows are repeated up to it so that they don't.
 CPU_BATCH = 4
+
+
+class TransformerConfig(BaseModel, frozen=True, extra="forbid"):
+    """Options of every policy on a transformer of diffusers."""
+
+    checkpoint: str
+    negative_prompt: str = Field(
+        default="", description="The prompt of the unconditional branch of guidance."
+    )
+    lora: LoraAdapter | None = Field(
+        default=None, description="Train an adapter; without it all parameters train."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Compute type of the forward; trained parameters stay fp32."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass."
+    )
 
 
 def is_pipeline(directory: Path) -> bool:
@@ -125,7 +129,23 @@ def snapshot(name: str, download: bool) -> Path:
     return Path(found)
 
 
-def prepare_transformer(transformer: Any, config: TransformerOptions, seed: int) -> Any:
+def kept_states(blocks: Any, layers: Sequence[int], forward: Callable[[], Any]) -> list[Tensor]:
+    """What the ``blocks`` at ``layers`` return while ``forward`` runs their network."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, inputs, output: found.update({layer: output})
+
+    hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[layer] for layer in layers]
+
+
+def prepare_transformer(transformer: Any, config: TransformerConfig, seed: int) -> Any:
     """Set what trains of a diffusers model: a Gaussian-initialised adapter, or everything.
 
     Raises:

@@ -66,19 +66,20 @@ class TwoStepPolicy(FlowPolicy):
         self.blocks, self.width = first.blocks, first.width
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> TwoStepPolicy:
+    def load(cls, config: WanConfig | ZImageConfig, device: str = "cpu") -> TwoStepPolicy:
         """A saved student (not of adapters), all of it trainable.
 
         Raises:
-            ValueError: the directory holds no two-step student.
+            ValueError: the checkpoint's directory holds no two-step student.
         """
+        directory = config.directory()
         file = directory / "scheduler" / "scheduler_config.json"
         scheduler = json.loads(file.read_text()) if file.is_file() else {}
         if not scheduler.get("shift_terminal"):
             raise ValueError(f"{directory} holds no two-step student: {file.name} names no sigma")
         weights = directory / NETWORKS[1] / "diffusion_pytorch_model.safetensors"
         policy = cls(
-            WanConfig(checkpoint=str(directory)),
+            config,
             "full_per_step" if weights.is_file() else "shared",
             (1.0, scheduler["shift_terminal"], 0.0),
             device,

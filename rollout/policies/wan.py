@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
-from rollout.policies.adapters import LoraAdapter
-from rollout.policies.pipelines import component_configs, frozen_bytes, is_pipeline, snapshot
+from rollout.policies.pipelines import (
+    TransformerConfig,
+    component_configs,
+    frozen_bytes,
+    is_pipeline,
+    snapshot,
+)
 from rollout.policies.prompt_embeddings import TEXT_TOKENS
 from rollout.policies.wan_network import wan_linear_names
 
@@ -54,7 +59,7 @@ UNDISTILLED = "a pipeline of two transformers has no student; distil one of a si
 TWO_NETWORKS = ("Wan-AI/Wan2.2-T2V-A14B-Diffusers",)
 
 
-class WanConfig(BaseModel, frozen=True, extra="forbid"):
+class WanConfig(TransformerConfig, frozen=True, extra="forbid"):
     """A Wan: an embedded digit model, a directory in diffusers' layout, or a published pipeline.
 
     Height, width, frames and negative prompt are of text-to-video pipelines; class-conditional models
@@ -70,18 +75,6 @@ class WanConfig(BaseModel, frozen=True, extra="forbid"):
     height: int = Field(default=480, gt=0, multiple_of=16, description="Of a video, in pixels.")
     width: int = Field(default=832, gt=0, multiple_of=16, description="Of a video, in pixels.")
     frames: int = Field(default=81, ge=1, description="Of a video: 1, 5, 9, ... 81.")
-    negative_prompt: str = Field(
-        default="", description="The prompt of the unconditional branch of guidance."
-    )
-    lora: LoraAdapter | None = Field(
-        default=None, description="Train an adapter; without it all parameters train."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Compute type of the forward; trained parameters stay fp32."
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass."
-    )
 
     @field_validator("frames")
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.policies.pipelines import CPU_BATCH
+from rollout.policies.pipelines import CPU_BATCH, kept_states
 
 
 def wan_linear_names(num_layers: int) -> list[str]:
@@ -56,18 +56,8 @@ def network_features(
 
     ``forward`` runs ``network`` on ``x``.
     """
-    found: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda module, inputs, output: found.update({layer: output})
-
-    hooks = [network.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     sizes = zip(x.shape[2:], network.config["patch_size"], strict=True)
     grid = [size // patch for size, patch in sizes]
-    tokens = [found[layer][: len(x)].float() for layer in layers]
+    states = kept_states(network.blocks, layers, forward)
+    tokens = [found[: len(x)].float() for found in states]
     return [hidden.transpose(1, 2).unflatten(2, grid) for hidden in tokens]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rollout.policies.pipelines import (
     INDEX,
+    RENOISING,
     STEPPING,
     PipelinePolicy,
     pipeline_index,
@@ -106,7 +107,7 @@ class WanPipelinePolicy(PipelinePolicy):
 
     Attributes:
         whole_timesteps: the network is fed ``floor(1000 t)``, as the published scheduler does; with an
-            Euler scheduler stock feeds it ``1000 t``.
+            Euler or LCM scheduler stock feeds it ``1000 t``.
         boundary: of two transformers, the first serves timesteps from here up, the second below.
     """
 
@@ -119,7 +120,7 @@ class WanPipelinePolicy(PipelinePolicy):
 
         index = wan_index(directory)
         self.config, self.negative_prompt = config, config.negative_prompt
-        self.whole_timesteps = index["scheduler"][1] != STEPPING
+        self.whole_timesteps = index["scheduler"][1] not in (STEPPING, RENOISING)
         self.boundary: float = 1000 * (index.get("boundary_ratio") or 0.0)
         vae = json.loads((directory / "vae" / "config.json").read_text())
         self.latent_shape = latent_shape(vae, config)

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
-from rollout.policies.adapters import LoraAdapter
 from rollout.policies.pipelines import (
     CPU_BATCH,
     PipelinePolicy,
+    TransformerConfig,
     component_configs,
     frozen_bytes,
+    kept_states,
     pipeline_index,
     prepare_transformer,
     save_two_steps,
@@ -80,7 +81,7 @@ PUBLISHED_CLASSES = {
 }
 
 
-class ZImageConfig(BaseModel, frozen=True, extra="forbid"):
+class ZImageConfig(TransformerConfig, frozen=True, extra="forbid"):
     """A Z-Image: a directory of a pipeline, or a published one."""
 
     kind: Literal["z_image"] = "z_image"
@@ -90,18 +91,6 @@ class ZImageConfig(BaseModel, frozen=True, extra="forbid"):
     )
     height: int = Field(default=1024, gt=0, multiple_of=16, description="In pixels.")
     width: int = Field(default=1024, gt=0, multiple_of=16, description="In pixels.")
-    negative_prompt: str = Field(
-        default="", description="The prompt of the unconditional branch of guidance."
-    )
-    lora: LoraAdapter | None = Field(
-        default=None, description="Train an adapter; without it all parameters train."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Compute type of the forward; trained parameters stay fp32."
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass."
-    )
 
     @property
     def published(self) -> bool:
@@ -286,22 +275,11 @@ class ZImagePolicy(PipelinePolicy):
         self, x: Tensor, t: Tensor, condition: Tensor, layers: Sequence[int]
     ) -> list[Tensor]:
         """See ``FlowPolicy``; one place a patch of 2 x 2, which come before the text's."""
-        found: dict[int, Tensor] = {}
-        hooks = [
-            self.network.layers[layer].register_forward_hook(
-                lambda module, inputs, output, layer=layer: found.update({layer: output})
-            )
-            for layer in set(layers)
-        ]
-        try:
-            self.velocity(x, t, condition)
-        finally:
-            for hook in hooks:
-                hook.remove()
         grid = (1, x.shape[3] // 2, x.shape[4] // 2)
         places = grid[1] * grid[2]
-        hidden = [found[layer][: len(x), :places].float() for layer in layers]
-        return [states.transpose(1, 2).unflatten(2, grid) for states in hidden]
+        states = kept_states(self.network.layers, layers, lambda: self.velocity(x, t, condition))
+        hidden = [found[: len(x), :places].float() for found in states]
+        return [tokens.transpose(1, 2).unflatten(2, grid) for tokens in hidden]
 
     @cached_property
     def _vae(self) -> Any:

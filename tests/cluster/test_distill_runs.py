@@ -125,7 +125,7 @@ def test_training_moves_every_network(plain: Path):
     moments = {name: t for name, t in tensors.items() if name.endswith(".exp_avg_sq")}
     for part in ("student:transformer.", "student:transformer_2.", "heads:heads.f"):
         assert any(t.max() > 0 for name, t in moments.items() if name.startswith(part))
-    policy = TwoStepPolicy.load(state(plain).parent / "policy")
+    policy = TwoStepPolicy.load(WanConfig(checkpoint=str(state(plain).parent / "policy")))
     for name, parameter in policy.trainable().items():
         assert parameter.equal(tensors[f"student:{name}.ema"])
 

@@ -14,13 +14,16 @@ from rich.console import Console
 
 from cluster.launch import run_locally
 from cluster.run import describe
-from cluster.sample import open_checkpoint
+from cluster.sample import SampleError, draw, open_checkpoint
 from recipes.check import check
 from recipes.errors import RecipeError
 from recipes.memory import plan
 from recipes.schema import DistillRecipe, Recipe
 from recipes.shapes import shapes
 from recipes.source import load
+from rollout.policies.two_step import TwoStepPolicy
+from rollout.policies.wan import WanConfig
+from rollout.policies.z_image import ZImageConfig
 from tests.rollout import tiny_wan, tiny_z_image
 
 ADAPTER = "policy.lora={rank: 4, alpha: 8}"
@@ -127,6 +130,25 @@ def test_a_pipeline_is_distilled_to_two_steps(tmp_path: Path, kind: str, network
     pipeline = (tiny_wan if kind == "wan" else tiny_z_image).stock(saved / "policy")
     pipeline.scheduler.set_timesteps(2, sigmas=None if kind == "wan" else np.array([1.0, 0.5]))
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx(student.sigmas)
+
+
+@pytest.mark.parametrize("kind", ["wan", "z_image"])
+def test_a_pipeline_s_directory_and_its_student_are_sampled_as_they_are(tmp_path: Path, kind: str):
+    directory, _ = own(tmp_path, kind)
+    source = open_checkpoint(directory)
+    assert source.sampler.config.steps == 50 and source.sampler.config.shift == 3.0
+    with pytest.raises(SampleError, match="give --prompt TEXT"):
+        draw(source, count=1)
+    config: Any = {"wan": WanConfig, "z_image": ZImageConfig}[kind]
+    teacher = config(checkpoint=str(directory), height=32, width=32)
+    student = TwoStepPolicy(teacher, "full_per_step", (1.0, 0.75, 0.0), renoise=True)
+    student.save(tmp_path / "student", student.trainable())
+    source = open_checkpoint(tmp_path / "student")
+    assert (source.sampler.config.steps, source.plan.renoise) == (2, True)
+    assert source.sampler.grid.sigmas == pytest.approx((1.0, 0.75, 0.0))
+    assert sum(p.numel() for p in source.policy.module.parameters()) == sum(
+        p.numel() for p in student.module.parameters()
+    )
 
 
 def test_adapters_of_steps_are_planned_and_two_transformers_refused(tmp_path: Path):
