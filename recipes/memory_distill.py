@@ -1,6 +1,6 @@
 """Memory of a distillation's processes: what a learner rank and a rollout actor hold at their peak.
 
-State is that of ``recipes/memory.py``, for each network that trains. They step one after another:
+State is that of ``recipes/memory_state.py``, for each network that trains. They step one after another:
 ZeRO stages 1 and 2 release gradients and buffers in between, so those of the largest count; stages 0
 and 3 keep all (DeepSpeed 0.19, measured on one rank). The teacher is frozen, whole and fp32 on every
 rank and actor. Activations are those of ``recipes/memory_flow.py``.
@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipes.memory import BF16, FP32, state_memory
 from recipes.memory_flow import Forward
+from recipes.memory_state import BF16, FP32, state_memory
 
 if TYPE_CHECKING:
     from distill.two_step import TwoStepConfig

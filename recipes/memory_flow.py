@@ -1,6 +1,6 @@
 """Memory of a flow policy's processes: what a learner rank and a rollout actor hold at their peak.
 
-State is that of ``recipes/memory.py``. Activations are counted while the network itself runs, at the
+State is that of ``recipes/memory_state.py``. Activations are counted while the network itself runs, at the
 recipe's size, on tensors without memory (``recipes/alive.py``), on the CPU's kernels: a GPU's fused ones
 should keep less. Not in them: the VAE's while it decodes, one sample at a time.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from recipes.memory import BF16, FP32, state_memory
+from recipes.memory_state import BF16, FP32, state_memory
 
 if TYPE_CHECKING:
     from recipes.alive import Bytes

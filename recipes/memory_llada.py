@@ -27,11 +27,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipes.memory_state import BF16, FP32
 from rollout.policies.llada.quantization import Quantization, quantized_bytes
 
 # Rank and targets of an adapter.
 Lora = tuple[int, Sequence[str]]
-FP32, BF16 = 4, 2
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from cluster.engine import ObjectiveModule, TorchEngine
 from recipes.alive import Alive
-from recipes.memory import ModelSize, learner_memory, plan, readable, state_memory, worker_memory
+from recipes.memory import learner_memory, plan, readable, worker_memory
+from recipes.memory_llada import ModelSize
+from recipes.memory_state import state_memory
 from recipes.schema import LearnerConfig, OptimizerConfig, Recipe
 from rl.text_batches import TextBatch, token_log_probs
 from rollout.draws import Prompt, groups_for

@@ -20,9 +20,10 @@ from distill.compression import ConditionedBatch
 from distill.two_step import TwoStepBatch
 from recipes import memory_flow
 from recipes.alive import Alive
-from recipes.memory import plan, readable, state_memory
+from recipes.memory import plan, readable
 from recipes.memory_distill import distillation_memory, networks
 from recipes.memory_flow import Forward
+from recipes.memory_state import state_memory
 from recipes.schema import DistillRecipe
 from recipes.shapes import shapes
 from recipes.source import load

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cluster.rank import LearnerRank
 from recipes.alive import Alive
-from recipes.memory import REDUCE_BUCKET, plan, readable
+from recipes.memory import plan, readable
 from recipes.memory_flow import flow_memory
+from recipes.memory_state import REDUCE_BUCKET
 from recipes.schema import Recipe
 from recipes.source import load
 from rl.catalogue import build_algorithm

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.memory import ModelSize, loading_memory, plan, worker_memory
+from recipes.memory import loading_memory, plan, worker_memory
+from recipes.memory_llada import ModelSize
 from rl.text_batches import token_log_probs
 from rollout.policies.llada.loading import stored_tensors
 from rollout.policies.llada.policy import LladaAdapter, LladaConfig, LladaPolicy

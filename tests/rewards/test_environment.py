@@ -185,6 +185,7 @@ def test_what_pip_says_of_a_failure_is_told(files: Path):
     assert environment.state("broken") == "absent"
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_torch_can_be_imported(files: Path):
     """With the platform's own torch, and a torchvision that does on import what the real one does."""
     wheel(files, "torch", "9.0", files={"platform.pth": str(Path(torch.__file__).parents[1])})

@@ -294,6 +294,7 @@ def same_conditionals(
     return float(np.mean([statistic(True) >= own for _ in range(400)]))
 
 
+@pytest.mark.slow
 def test_a_skewed_digit_generator_becomes_even_and_its_digits_stay_as_they_were(
     skewed: SkewedDigits, look: Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 ):
