@@ -10,10 +10,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.cli_answer import answer
 from cluster.cli_audit import audit
 from cluster.cli_compare import compare
 from cluster.cli_env import env
 from cluster.cli_measure import curves, err, evaluate, out, refuse
+from cluster.cli_submit import VERBS
 from cluster.doctor import diagnose, gpu_count
 from recipes.errors import RecipeError
 
@@ -99,7 +101,7 @@ def validate(
     ] = False,
 ) -> None:
     """Check recipes without starting anything, and print the numbers that follow from them."""
-    from recipes.check import derived
+    from recipes.derived import derived
 
     for path in recipes:
         loaded = _checked(path, overrides)
@@ -191,8 +193,10 @@ def schema() -> None:
     out.print_json(json.dumps(editor_schema(KINDS)))
 
 
-for verb in (compare, evaluate, curves, audit):
+for verb in (answer, compare, evaluate, curves, audit):
     app.command()(verb)
+for name, verb in VERBS.items():
+    app.command(name)(verb)
 app.add_typer(env, name="env")
 
 

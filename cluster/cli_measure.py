@@ -91,7 +91,8 @@ def refuse(message: str) -> NoReturn:
 
 def _evaluator(path: Path, overrides: list[str]) -> AnyRecipe:
     """A recipe to evaluate by: whole, though its GPUs and its store need not be here."""
-    from recipes.check import check, needed
+    from recipes.check import check
+    from recipes.derived import needed
     from recipes.schema import recipe_type
     from recipes.source import load
 

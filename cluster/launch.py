@@ -69,10 +69,11 @@ def run(
     with Progress(recipe.steps, done, console) as progress:
         trackers = open_trackers(recipe.tracking, path)
         directory = RunDirectory(recipe, path, trackers, progress, _fetch)
-        directory.stop_on_signals()
         try:
             progress.message(f"starting Ray ({recipe.cluster.address}); run directory {path}")
             with connected(recipe) as placement:
+                # Here, because ray.init puts a handler of its own in place of an earlier one.
+                directory.stop_on_signals()
                 _on_ray(recipe, directory, placement, str(log_dir))
         finally:
             directory.close()

@@ -1,30 +1,29 @@
-"""Checks of a whole recipe, and the numbers that follow from it. Nothing is started."""
+"""Checks of a whole recipe. Nothing is started."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import get_args
 
 from recipes.check_comparison import comparison
-from recipes.check_distill import distillation, distilled, stored_samples
+from recipes.check_distill import distillation, stored_samples
+from recipes.derived import needed, text_algorithm
 from recipes.errors import RecipeError, nearest
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from recipes.source import Loaded
-from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig, build_algorithm
+from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
 from rl.grpo import GRPOConfig
 from rl.nft import NFTConfig
-from rl.sft import SFTConfig, filled
-from rl.text import TextAlgorithm, TextSettings
+from rl.sft import SFTConfig, follows_rewards, unanswered
+from rl.text import TextSettings
 from rollout.flow import DiffusionConfig
 from rollout.flow_sampler import FlowSamplerConfig
 from rollout.masked import MaskedSamplerConfig
 from rollout.policies.adapters import unmatched_targets
-from rollout.policies.base import forwards_per_sample
 from rollout.policies.llada.policy import LladaConfig
 from rollout.policies.llada.quantization import INSTALL, installed
 from rollout.policies.wan import UNDISTILLED
@@ -34,7 +33,6 @@ from rollout.rows import RowSource
 PLACES = {"file": ".path", "math": ".source", "dataset": ".source"}
 # What precedes the name of a linear layer of the first block.
 FIRST_BLOCK = re.compile(r".*\b(?:blocks|layers)\.0\.")
-EVALUATIONS = "network evaluations per guided step"
 
 
 def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
@@ -106,7 +104,7 @@ def _decoding(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 f"{steps} is no multiple of {blocks} blocks (rollout.length / rollout.block_length) "
                 f"up to rollout.length {sampler.length}",
             )
-    forwards = _text_algorithm(recipe).forwards_per_completion
+    forwards = text_algorithm(recipe).forwards_per_completion
     if recipe.learner.micro_batch % forwards:
         yield (
             "learner.micro_batch",
@@ -177,16 +175,9 @@ def _answers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     prompts, rl = recipe.prompts, recipe.rl
     if not isinstance(rl, SFTConfig) or (isinstance(prompts, RowSource) and prompts.on_hub):
         return
-    try:
-        loaded = prompts.load()
-    except ValueError:  # named with the policy's checks
-        return
-    for prompt in loaded:
-        try:
-            filled(rl.completion, prompt.columns)
-        except ValueError as error:
-            yield "rl.completion", f"prompt {prompt.id!r} {error}"
-            return
+    with suppress(ValueError):  # prompts that cannot be read are named with the policy's checks
+        if problem := unanswered(prompts.load(), rl.completion):
+            yield "rl.completion", problem
 
 
 def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -203,6 +194,11 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 f"{groups // rl.minibatches} groups per optimiser step do not divide by "
                 f"{recipe.learner.ranks} ranks"
             ),
+        )
+    if recipe.rollout.group_size == 1 and not isinstance(rl, SFTConfig):
+        yield (
+            "rollout.group_size",
+            f"rl.kind {rl.kind} compares samples of a prompt: give one greater than or equal to 2",
         )
     if recipe.rollout.batch_size < recipe.rollout.group_size:
         yield (
@@ -241,7 +237,9 @@ def _policy(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
             elif prompts is not None:
                 prompts.load()
         except ValueError as error:
-            yield f"{key}{PLACES.get(prompts.kind, '') if prompts else ''}", str(error)
+            taught = isinstance(recipe, Recipe) and isinstance(recipe.rl, SFTConfig)
+            hint = "; 'rectify answer' writes such rows" if taught and key == "prompts" else ""
+            yield f"{key}{PLACES.get(prompts.kind, '') if prompts else ''}", f"{error}{hint}"
 
 
 def _pipeline(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
@@ -282,15 +280,10 @@ def _quantization(policy: LladaConfig, zero_stage: int) -> Iterator[tuple[str, s
         )
 
 
-def _follows(recipe: Recipe) -> bool:
-    """Whether rewards decide what is trained on."""
-    return not isinstance(recipe.rl, SFTConfig) or recipe.rl.minimum_reward is not None
-
-
 def _rewards(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     if (
         isinstance(recipe, Recipe)
-        and _follows(recipe)
+        and follows_rewards(recipe.rl)
         and not any(c.weight for c in recipe.rewards)
     ):
         yield "rewards", "every weight is 0: there is nothing to train on"
@@ -316,86 +309,3 @@ def _resources(recipe: AnyRecipe, gpus: int) -> Iterator[tuple[str, str]]:
     if need > gpus:
         key = "workers.gpus" if recipe.workers.gpus else "learner.gpus"
         yield key, f"the recipe needs {need:g} GPUs and this machine has {gpus}"
-
-
-def needed(recipe: AnyRecipe, kind: str) -> float:
-    """CPUs or GPUs of all actors; colocated workers and ranks take turns on the same."""
-    per_worker, per_rank = (recipe.workers.gpus, recipe.learner.gpus)
-    if kind == "cpus":
-        per_worker, per_rank = recipe.workers.cpus, recipe.learner.cpus
-    if recipe.cluster.colocated:
-        total = max(recipe.workers.count, recipe.learner.ranks) * max(per_worker, per_rank)
-    else:
-        total = recipe.workers.count * per_worker + recipe.learner.ranks * per_rank
-    rewards = [*recipe.rewards, *recipe.evaluation.rewards]
-    total += sum(c.replicas * (c.gpus if kind == "gpus" else c.cpus) for c in rewards)
-    return round(total, 6)  # 0.8 + 0.1 + 0.1 is one
-
-
-def derived(recipe: AnyRecipe) -> dict[str, str]:
-    """The numbers that a reader of the recipe wants to see, by name."""
-    if isinstance(recipe, DistillRecipe):
-        return {**distilled(recipe), **_everywhere(recipe)}
-    rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
-    samples = rollout.prompts_per_step * rollout.group_size
-    steps = rl.epochs * rl.minibatches
-    jobs = -(-rollout.prompts_per_step // (rollout.batch_size // rollout.group_size))
-    numbers = {
-        "samples per step": f"{samples} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
-        "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
-        + (
-            " (on-policy: the ratio is 1)"
-            if rl.on_policy and not isinstance(rl, NFTConfig | SFTConfig)
-            else ""
-        ),
-        "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
-        f"{rollout.prompts_per_step // rl.minibatches // ranks} per rank",
-        "rollout jobs per step": f"{jobs} for {recipe.workers.count} workers",
-        **_sampling(recipe),
-        **_everywhere(recipe),
-    }
-    if rl.dipod is not None and rl.dipod.form == "alternating":
-        numbers["distillation"] = (
-            f"every {rl.dipod.every}th step, {rl.dipod.steps} optimiser steps instead"
-        )
-    if jobs % recipe.workers.count:
-        numbers["note"] = "rollout jobs do not divide by workers.count: some workers will wait"
-    return numbers
-
-
-def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
-    return {
-        "resources": f"{needed(recipe, 'cpus'):g} CPU, {needed(recipe, 'gpus'):g} GPU "
-        f"(this machine has {os.cpu_count()} CPU)",
-        "run directory": str(Path(recipe.run_dir) / recipe.name),
-    }
-
-
-def _sampling(recipe: Recipe) -> dict[str, str]:
-    """What sampling and training cost in network evaluations."""
-    rollout, rl = recipe.rollout, recipe.rl
-    per_step = str(forwards_per_sample(rollout.guidance_scale))
-    if isinstance(rollout, MaskedSamplerConfig) and isinstance(rl, TextSettings):
-        algorithm = _text_algorithm(recipe)
-        until = f"at most {rollout.length}" if rollout.threshold else str(rollout.steps)
-        return {
-            "completion": f"{rollout.length} tokens in {rollout.blocks} blocks, {until} steps",
-            "network evaluations per step": per_step,
-            "evaluations per completion and pass": str(algorithm.forwards_per_completion),
-        }
-    if isinstance(rl, NFTConfig):
-        return {"noised states per sample and pass": str(rl.draws), EVALUATIONS: per_step}
-    if not isinstance(rollout, FlowSamplerConfig) or not isinstance(rl, GRPOConfig):
-        return {}
-    grid, indices = rollout.grid(), rl.indices(rollout.steps)
-    return {
-        "trained timesteps": f"{list(indices)} of {rollout.steps}, sigma "
-        f"{grid.sigmas[indices[0]]:.4f} to {grid.sigmas[indices[-1]]:.4f}",
-        EVALUATIONS: per_step,
-    }
-
-
-def _text_algorithm(recipe: Recipe) -> TextAlgorithm:
-    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
-    assert isinstance(algorithm, TextAlgorithm)
-    return algorithm

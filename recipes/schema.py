@@ -39,6 +39,10 @@ class FlowRolloutConfig(GroupsConfig, FlowSamplerConfig, frozen=True, extra="for
 class MaskedRolloutConfig(GroupsConfig, MaskedSamplerConfig, frozen=True, extra="forbid"):
     """Rollouts of a masked-diffusion language model."""
 
+    group_size: int = Field(
+        default=8, ge=1, description="Samples of one prompt that are compared; 1 with rl.kind sft."
+    )
+
 
 RolloutConfig = Annotated[FlowRolloutConfig | MaskedRolloutConfig, Field(discriminator="kind")]
 

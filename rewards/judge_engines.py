@@ -1,9 +1,11 @@
-"""How a judge's answers are had: from an OpenAI-compatible endpoint, or from vLLM in this process.
+"""How a judge's or teacher's answers are had: from an OpenAI-compatible endpoint, or vLLM here.
 
 Both take conversations as the chat completions API has them (messages with a role and content;
 images are data URIs) and give one answer for each. What fails for one conversation is returned in
 its place, never raised: requests of a batch are paid for, and none is to be sent twice because
 another one failed.
+
+Run as a program this module answers what comes through a connection, with vLLM: see ``serve``.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from __future__ import annotations
 import os
 import random
 import re
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -41,11 +47,13 @@ class Sampling:
 
     Attributes:
         schema: the JSON schema it keeps to; None asks for log-probabilities of its tokens instead.
+        plain: neither a schema nor log-probabilities: text alone.
     """
 
     schema: dict[str, Any] | None
     temperature: float
     max_tokens: int
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,18 @@ class EndpointEngine:
         """See ``Engine``; at most ``concurrency`` requests are under way."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._answer, conversations))
+
+    def completed(
+        self, conversations: Sequence[Conversation]
+    ) -> Iterator[tuple[int, Answer | ValueError]]:
+        """Place and answer of each as they come; those not yet sent are dropped with the iterator."""
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            sent = {pool.submit(self._answer, c): place for place, c in enumerate(conversations)}
+            for future in as_completed(sent):
+                yield sent[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _answer(self, conversation: Conversation) -> Answer | ValueError:
         request = {**self._options, "messages": conversation}
@@ -195,20 +215,27 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=seed,
-            logprobs=TOP_LOGPROBS if schema is None else None,
+            logprobs=TOP_LOGPROBS if schema is None and not sampling.plain else None,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         )
         # A weak judge would fill its answer with spaces between the parts of the JSON.
         form = {"backend": "xgrammar", "disable_any_whitespace": True}
         self.llm: Any = LLM(model=model, seed=seed, structured_outputs_config=form, **options)
 
-    def answers(self, conversations: list[Conversation]) -> list[Answer | ValueError]:
-        """See ``Engine``.
+    def answers(
+        self, conversations: list[Conversation], seeds: Sequence[int] | None = None
+    ) -> list[Answer | ValueError]:
+        """See ``Engine``; ``seeds``: of each conversation's own.
 
         Raises:
             ValueError: a conversation is longer than the model's context; none is answered then.
         """
-        outputs = self.llm.chat(conversations, self.sampling, use_tqdm=False)
+        sampling = self.sampling
+        if seeds is not None:
+            sampling = [deepcopy(self.sampling) for _ in seeds]
+            for each, seed in zip(sampling, seeds, strict=True):
+                each.seed = seed
+        outputs = self.llm.chat(conversations, sampling, use_tqdm=False)
         return [_generated(output.outputs[0]) for output in outputs]
 
 
@@ -313,6 +340,8 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
     }
+    if sampling.plain:
+        return options
     if sampling.schema is None:
         return {**options, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
     form = {"name": "verdict", "strict": True, "schema": sampling.schema}
@@ -340,3 +369,32 @@ def _limited(response: requests.Response) -> str:
         if len(body) > MAX_BODY:
             raise ValueError(f"{response.url} answered with more than {MAX_BODY} bytes")
     return body.decode(errors="replace")
+
+
+def serve(connection: Any) -> None:
+    """Answer with vLLM until the other side is gone; only plain types cross.
+
+    First comes (model, temperature, max_tokens, options of ``vllm.LLM``), then (conversations, seeds).
+    The answer is (a list with (text, cut) for each, None), or (None, an error's type and words).
+    """
+    engine: VllmEngine | None = None
+    made: list[Any] = []
+    with suppress(EOFError, ConnectionResetError):
+        while True:
+            words = connection.recv()
+            try:
+                if engine is None:
+                    model, temperature, max_tokens, options = words
+                    sampling = Sampling(None, temperature, max_tokens, plain=True)
+                    engine = VllmEngine(model, sampling, 0, options)
+                else:
+                    found = engine.answers(*words)
+                    made = [(a.text, a.cut) for a in found if isinstance(a, Answer)]
+            except Exception as error:  # noqa: BLE001  what vLLM raises is for the one who asked
+                connection.send((None, (type(error).__name__, str(error))))
+            else:
+                connection.send((made, None))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -26,12 +26,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rl.algorithm import Table
+from rl.algorithm import AlgorithmSettings, Table
 from rl.bounds import Masks, elbo
 from rl.items import Item
 from rl.text import TextAlgorithm, TextSettings
 from rl.text_batches import TextBatch
-from rollout.draws import Group
+from rollout.draws import Group, Prompt
 from rollout.masked import (
     Completions,
     DecodePlan,
@@ -156,6 +156,21 @@ def filled(completion: str, columns: Mapping[str, Any]) -> str:
     return completion.format_map(columns)
 
 
+def follows_rewards(config: AlgorithmSettings) -> bool:
+    """Whether an algorithm trains by rewards, be it that they only filter."""
+    return not isinstance(config, SFTConfig) or config.minimum_reward is not None
+
+
+def unanswered(prompts: Sequence[Prompt], completion: str) -> str | None:
+    """What the first prompt without a completion lacks; None: all have one."""
+    for prompt in prompts:
+        try:
+            filled(completion, prompt.columns)
+        except ValueError as error:
+            return f"prompt {prompt.id!r} {error}"
+    return None
+
+
 def given(sampler: MaskedSampler, groups: Sequence[Group], completion: str) -> list[MaskedRollout]:
     """Rollouts of texts that are there, as if they had been decoded; no network is evaluated.
 
@@ -180,11 +195,13 @@ def answer_tokens(policy: Any, text: str, length: int) -> Tensor:
     """
     tokenizer = policy.tokenizer
     ids: list[int] = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    special = sorted(set(ids) & set(tokenizer.all_special_ids))
+    end: int = tokenizer.convert_tokens_to_ids(EOT)
+    refused = {end, policy.eos_token_id, policy.mask_token_id, *tokenizer.all_special_ids}
+    special = sorted(refused & set(ids))
     if special:
         token = tokenizer.convert_ids_to_tokens(special[0])
         raise ValueError(f"the answer has the special token {token!r} in it; take it out")
-    ids = [*ids, tokenizer.convert_tokens_to_ids(EOT)]
+    ids = [*ids, end]
     if len(ids) > length:
         raise ValueError(
             f"the answer takes {len(ids)} tokens with its end and rollout.length is {length}: raise "

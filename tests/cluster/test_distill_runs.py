@@ -17,7 +17,8 @@ from cluster.teacher_store import identity, stored
 from distill.catalogue import teacher_plan
 from distill.store import StoreMismatch, TeacherStore
 from distill.teacher import draws_of
-from recipes.check import check, derived
+from recipes.check import check
+from recipes.derived import derived
 from recipes.errors import RecipeError
 from recipes.schema import DistillRecipe, recipe_type
 from recipes.source import load

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.check import check, derived
+from recipes.check import check
+from recipes.derived import derived
 from recipes.errors import RecipeError
 from recipes.schema import Recipe, recipe_type
 from recipes.source import load
