@@ -121,7 +121,7 @@ def status(run: Run, address: Address = None) -> None:
     rows = {
         "run": job.id,
         "recipe": job.recipe,
-        "status": job.status.value.lower(),
+        "status": _said(job),
         "started": f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "-",
         "ended": f"{job.ended:%Y-%m-%d %H:%M:%S}" if job.ended else "-",
         "run directory": run_directory(printed) or "-",
@@ -235,6 +235,12 @@ def _print_text(
     out.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
 
+def _said(job: Job) -> str:
+    """The status, and why where Ray says more than that."""
+    word = job.status.value.lower()
+    return f"{word} ({job.message})" if word == "failed" and job.message else word
+
+
 def _write(text: str) -> None:
     out.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
@@ -250,8 +256,8 @@ def _follow(cluster: Cluster, run: str) -> NoReturn:
         raise typer.Exit(0) from None
     except SubmissionError as error:
         refuse(str(error))
-    said = f"{run}: {job.status.value.lower()}"
-    err.print(said, style="red" if job.failed else "green", highlight=False, soft_wrap=True)
+    style = "red" if job.failed else "green"
+    err.print(f"{run}: {_said(job)}", style=style, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1 if job.failed else 0)
 
 

@@ -43,7 +43,7 @@ class SubmissionError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted run: ``recipe`` is its name; ``message`` is Ray's word on the status."""
+    """A submitted run: ``recipe`` is its name; ``message``: a line of Ray's on its status."""
 
     id: str
     recipe: str
@@ -222,5 +222,6 @@ def _job(details: JobDetails) -> Job:
         status=details.status,
         started=moment(details.start_time),
         ended=moment(details.end_time),
-        message=details.message or "",
+        # What follows is the end of the log.
+        message=(details.message or "").partition("\n")[0].partition(", last available")[0],
     )

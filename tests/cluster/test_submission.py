@@ -300,6 +300,10 @@ def test_a_detached_run_is_listed_and_a_broken_one_fails(head: Head, work: Path,
     followed = head.rectify("logs", f"{name}-{suffix}", "--follow", cwd=work)
     assert followed.returncode == 1
     assert "/nowhere" in followed.stdout
+    why = "failed (Job entrypoint command failed with exit code 2)"
+    assert f"{name}-{suffix}: {why}" in followed.stderr
+    status = head.rectify("status", f"{name}-{suffix}", cwd=work)
+    assert status.returncode == 1 and why in status.stdout
 
 
 @pytest.mark.parametrize(
