@@ -70,7 +70,10 @@ def start(recipe: Recipe, placement: Any, tmp_path: Path) -> RayLearner:
     return learner
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3])
 def test_ranks_train_like_plain_pytorch(digits_recipe, placement, tmp_path: Path, stage: int):
     """Adapters and everything; several micro-batches per step, uneven over two ranks; averages too."""
     for lora in ("{rank: 4, alpha: 8}", "null"):
@@ -103,7 +106,7 @@ def test_ranks_train_like_plain_pytorch(digits_recipe, placement, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("stage", "before", "after"),
-    [(0, 1, 2), (3, 2, 1), (2, 1, 2), pytest.param(1, 2, 1, marks=pytest.mark.slow)],
+    [(0, 1, 2), (3, 2, 1), *(pytest.param(*c, marks=SLOW) for c in ((2, 1, 2), (1, 2, 1)))],
 )
 def test_state_moves_to_other_ranks(digits_recipe, placement, tmp_path: Path, stage, before, after):
     """One step, save, restore on another number of ranks, another step: like two in one go."""
