@@ -1,6 +1,6 @@
 """What serving a reward costs: eight rollout actors' images through reward actors, against the model alone.
 
-    python benchmarks/reward_service.py [--rounds 5] [--actors 8] [--chunks 4] [--batch 32]
+    python benchmarks/reward_service.py [--rounds 5] [--actors 8] [--chunks 1] [--batch 16]
 
 The model is a CLIP of random weights in the published layout (ViT-S/32, text of the same width), on one
 thread, as reward ``clip_score``. Eight rollout actors hold chunks of ``batch`` images of 224 x 224 each,
@@ -119,7 +119,7 @@ def served(model: str, directory: str, rounds: int, actors: int, chunks: int, ba
     reward = f"rewards=[{{kind: clip_score, model: '{model}', batch_size: {batch}, cpus: 1}}]"
     sets = [reward, "evaluation.rewards=[]", f"run_dir={directory}", "tracking=[]"]
     recipe = load(Path("digits/flash_grpo"), Recipe, sets).value
-    groups = groups_for(recipe.prompts.load(), 0, 0, count=actors * chunks, size=batch)
+    groups = groups_for(recipe.prompts.load(), seed=0, step=0, count=actors * chunks, size=batch)
     summary = FlowSummary(0, 0)
     with connected(recipe):
         scorer = RayScorer(recipe, directory)
@@ -133,7 +133,8 @@ def served(model: str, directory: str, rounds: int, actors: int, chunks: int, ba
                 media = holders[number % actors].part.remote(number // actors)
                 yield Sampled(group, number, None, media, summary, {}, 0, 0.0, 0)
 
-        scorer.score(stream())  # warm
+        scorer.score(stream())  # warm, both ways
+        ray.get([holder.ask.remote(score) for holder in holders])
         for _ in range(rounds):
             started = time.perf_counter()
             scorer.score(stream())
@@ -146,7 +147,7 @@ def served(model: str, directory: str, rounds: int, actors: int, chunks: int, ba
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
-    for name, value in (("rounds", 5), ("actors", 8), ("chunks", 4), ("batch", 32)):
+    for name, value in (("rounds", 5), ("actors", 8), ("chunks", 1), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     given = parser.parse_args()

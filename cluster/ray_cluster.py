@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from recipes.derived import needed
 from recipes.schema import AnyRecipe
 
 # The process behind a call is gone, or its result with it. Whether the call ran is unknown.
@@ -57,8 +59,8 @@ def connected(recipe: AnyRecipe) -> Generator[Placement]:
     bundles, workers, ranks = bundles_of(recipe)
     options: dict[str, Any] = {"address": recipe.cluster.address}
     if local:
-        needed = sum(bundle["CPU"] for bundle in bundles)
-        options |= {"num_cpus": max(int(-(-needed // 1)), 1), "include_dashboard": False}
+        cpus = max(math.ceil(needed(recipe, "cpus")), 1)
+        options |= {"num_cpus": cpus, "include_dashboard": False}
     # Ray's own notices belong into the run's log, not into the progress display.
     options |= {"logging_level": logging.ERROR, "log_to_driver": False}
     try:

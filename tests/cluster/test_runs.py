@@ -13,9 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from cluster.checkpoints import latest
 from cluster.launch import run_locally
+from cluster.ray_cluster import connected
+from cluster.reward_actors import RayScorer
+from recipes.derived import needed
 from recipes.schema import Recipe
 from recipes.source import load
 
@@ -185,3 +189,11 @@ def test_another_recipe_does_not_continue_a_run(undisturbed: Path):
     assert result.returncode == 2
     assert "begun with another seed" in result.stderr
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_local_cluster_has_the_cores_that_rewards_reserve(digits_recipe, tmp_path: Path):
+    recipe = digits_recipe("rewards=[{kind: ink, cpus: 1}]", "cluster.start_timeout=60")
+    with connected(recipe):
+        RayScorer(recipe, str(tmp_path)).start()
+        whole = needed(recipe, "cpus")
+        assert ray.cluster_resources()["CPU"] == whole >= 1 + recipe.workers.count
