@@ -192,7 +192,8 @@ def test_another_recipe_does_not_continue_a_run(undisturbed: Path):
 
 
 def test_a_local_cluster_has_the_cores_that_rewards_reserve(digits_recipe, tmp_path: Path):
-    recipe = digits_recipe("rewards=[{kind: ink, cpus: 1}]", "cluster.start_timeout=60")
+    rewards = ["rewards=[{kind: ink, cpus: 1}]", "evaluation.rewards=[]"]
+    recipe = digits_recipe(*rewards, "cluster.start_timeout=60")
     with connected(recipe):
         RayScorer(recipe, str(tmp_path)).start()
         whole = needed(recipe, "cpus")
