@@ -193,7 +193,22 @@ def _verified(path: Path) -> Checkpoint:
 def _scheduler(path: Path) -> dict[str, Any]:
     """The configuration of a pipeline's scheduler; empty where there is none."""
     file = path / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _document(file) if file.is_file() else {}
+
+
+def _document(file: Path) -> dict[str, Any]:
+    """A JSON object of a model's directory.
+
+    Raises:
+        SampleError: it is none.
+    """
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SampleError(f"{file} cannot be read ({error}); copy the model again") from error
+    if not isinstance(found, dict):
+        raise SampleError(f"{file} holds no JSON object; copy the model again")
+    return found
 
 
 def _policy_config(path: Path) -> PolicyConfig | None:
@@ -202,7 +217,7 @@ def _policy_config(path: Path) -> PolicyConfig | None:
         return WanConfig(checkpoint=str(path))
     index = path / "model_index.json"
     if index.is_file():
-        name = json.loads(index.read_text())["_class_name"]
+        name = _document(index).get("_class_name")
         kinds: dict[str, Any] = {"WanPipeline": WanConfig, "ZImagePipeline": ZImageConfig}
         if name not in kinds:
             raise SampleError(f"{path} is a {name}; there are: {', '.join(kinds)}")
@@ -210,11 +225,7 @@ def _policy_config(path: Path) -> PolicyConfig | None:
     file = path / "config.json"
     if not file.is_file():
         return None
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SampleError(f"{file} cannot be read ({error}); copy the model again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = _document(file).get("model_type")
     return LladaConfig(checkpoint=str(path)) if kind == "llada" else None
 
 

@@ -162,3 +162,13 @@ def test_adapters_of_steps_are_planned_and_two_transformers_refused(tmp_path: Pa
     refused = load(Path("digits/two_step"), DistillRecipe, [*DISTILLED, *settings, other])
     with pytest.raises(RecipeError, match="a pipeline of two transformers has no student"):
         check(refused, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "cannot be read"), ("[]", "no JSON object"), ('{"_class_name": "X"}', "is a X; there")],
+)
+def test_a_pipeline_s_damaged_index_is_one_message(tmp_path: Path, text: str, words: str):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(SampleError, match=words):
+        open_checkpoint(tmp_path)
