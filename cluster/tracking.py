@@ -30,7 +30,7 @@ class MetricsFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _strict(v) for k, v in row.items()}, allow_nan=False) + "\n")
+            file.write(json.dumps({k: strict(v) for k, v in row.items()}, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Make all lines durable."""
@@ -145,5 +145,6 @@ def missing(kind: str) -> str | None:
     return None if importlib.util.find_spec(PACKAGES[kind]) else INSTALL[kind]
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """JSON's null in place of a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
