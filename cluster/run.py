@@ -76,6 +76,7 @@ class RunDirectory:
     def log(self, step: int, metrics: Metrics) -> None:
         """See ``rl.contracts.Run``."""
         metrics = metrics | self._idle(metrics)
+        metrics.setdefault("rollout/samples", self._samples(metrics))
         self._add_costs(metrics)
         metrics |= {f"cost/{name}": total for name, total in self.costs.items()}
         self._write("train", step, metrics)
@@ -182,6 +183,12 @@ class RunDirectory:
         self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+    def _samples(self, metrics: Metrics) -> float:
+        """Of the step, less those of dropped groups."""
+        rollout = self.recipe.rollout
+        groups = rollout.prompts_per_step - metrics.get("rollout/dropped_groups", 0.0)
+        return groups * rollout.group_size
 
     def _idle(self, metrics: Metrics) -> Metrics:
         """Share of the step in which an actor of a kind had nothing to do."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.tracking import strict
+from cluster.tracking import last_bytes, strict
 
 NAME = "timeline"
 KINDS = ("driver", "rollout", "reward", "learner")  # in this order in a viewer
@@ -180,8 +180,8 @@ def read(paths: Sequence[Path], last: int | None = None) -> Trace:
     """Events of files of one attempt, whether closed or not; lines that are no events are left out.
 
     Args:
-        last: read only so many bytes at the end of each file. What its head says (which actor a thread
-            is) is read from as many at its start.
+        last: read only so many bytes at the end of each file, and of as many at its start which actor a
+            thread is.
     """
     trace = Trace()
     for path in paths:
@@ -205,12 +205,11 @@ def read(paths: Sequence[Path], last: int | None = None) -> Trace:
 
 def _events(path: Path, last: int | None) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
-        if last is None or path.stat().st_size <= 2 * last:
-            lines = iter(file)
-        else:
-            head = file.read(last).splitlines()[:-1]
-            file.seek(-last, 2)
-            lines = iter([*head, *file.read(last).splitlines()[1:]])
+        lines: Iterable[bytes] = file
+        if last is not None and path.stat().st_size > 2 * last:
+            head = file.read(last).splitlines()
+            described = [line for line in head if b'"ph": "M"' in line or b'"origin"' in line]
+            lines = [*described, *last_bytes(path, last).splitlines()]
         for line in lines:
             try:
                 event = json.loads(line.strip().rstrip(b","))
