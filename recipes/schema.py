@@ -192,7 +192,7 @@ class RunRecipe(BaseModel, frozen=True, extra="forbid"):
         default=EvaluationConfig(), description="Held-out evaluation."
     )
     checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), description="Saved state.")
-    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "prometheus"], ...] = Field(
         default=(), description="Trackers beside metrics.jsonl, which is always written."
     )
     run_dir: Path = Field(default=Path("runs"), description="Parent of the run directory.")
