@@ -155,6 +155,27 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+class ScheduleConfig(BaseModel, frozen=True, extra="forbid"):
+    """How rollouts and training overlap."""
+
+    mode: Literal["sync", "one_step_ahead", "async"] = Field(
+        default="sync",
+        description="sync: a step's rollouts are drawn by the weights that the step before left; "
+        "one_step_ahead: the next step's are drawn while this one trains; async: up to "
+        "max_staleness steps ahead.",
+    )
+    max_staleness: int = Field(
+        default=2,
+        ge=1,
+        description="async: steps that the weights that draw may lag behind those that train.",
+    )
+
+    @property
+    def stale(self) -> bool:
+        """Whether a rollout may be trained by newer weights than drew it."""
+        return self.mode != "sync"
+
+
 class TeacherRolloutConfig(FlowSamplerConfig, frozen=True, extra="forbid"):
     """How the teacher of a distillation is sampled; the student takes two steps of the same shift."""
 
@@ -209,6 +230,9 @@ class Recipe(RunRecipe, frozen=True, extra="forbid"):
     rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
     rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="What overlaps with training."
+    )
     compare: ComparisonConfig | None = Field(
         default=None,
         description="What 'rectify compare' runs; default a few methods at three budgets.",
