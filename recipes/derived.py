@@ -40,6 +40,7 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
     if isinstance(recipe, DistillRecipe):
         return {**distilled(recipe), **_everywhere(recipe)}
     rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
+    stale = recipe.schedule.stale
     samples = rollout.prompts_per_step * rollout.group_size
     steps = rl.epochs * rl.minibatches
     jobs = -(-rollout.prompts_per_step // (rollout.batch_size // rollout.group_size))
@@ -48,7 +49,7 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
         "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
         + (
             " (on-policy: the ratio is 1)"
-            if rl.on_policy and not isinstance(rl, NFTConfig | SFTConfig)
+            if rl.on_policy and not stale and not isinstance(rl, NFTConfig | SFTConfig)
             else ""
         ),
         "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
@@ -102,7 +103,8 @@ def _sampling(recipe: Recipe) -> dict[str, str]:
 
 def text_algorithm(recipe: Recipe) -> TextAlgorithm:
     """The algorithm of a recipe on text."""
-    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+    stale = recipe.schedule.stale
+    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed, stale)
     assert isinstance(algorithm, TextAlgorithm)
     return algorithm
 
