@@ -58,6 +58,8 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
         **_sampling(recipe),
         **_everywhere(recipe),
     }
+    if stale:
+        numbers["rollouts of older weights"] = _correction(recipe)
     if rl.dipod is not None and rl.dipod.form == "alternating":
         numbers["distillation"] = (
             f"every {rl.dipod.every}th step, {rl.dipod.steps} optimiser steps instead"
@@ -75,6 +77,19 @@ def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),
     }
+
+
+def _correction(recipe: Recipe) -> str:
+    """What the objective does about weights that are newer than those that sampled."""
+    if isinstance(recipe.rl, GRPOConfig):
+        return "clipped ratio to the weights that sampled, from the rollout's log-probabilities"
+    if isinstance(recipe.rl, TextSettings) and text_algorithm(recipe).records_old:
+        forwards = text_algorithm(recipe).draws * recipe.rl.epochs
+        return (
+            "clipped ratio to the weights that sampled, for which workers evaluate a completion "
+            f"{forwards} more times"
+        )
+    return f"not corrected: {recipe.rl.kind} has no ratio"
 
 
 def _sampling(recipe: Recipe) -> dict[str, str]:
