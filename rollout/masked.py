@@ -106,8 +106,7 @@ class Completions:
         lengths: int64 (size,), through the first EOS; the whole length where there is none.
         decode_step: int16 (size, length), the step that committed a token; -1 after the first EOS.
         seeds: int64 (size,), the draws' own: masks are keyed by them.
-        old: fp32 (passes, size, draws, length), the scores at each pass's masks under the weights
-            that sampled; None where the plan asked for none.
+        old: fp32 (passes, size, draws, length), scores by the weights that sampled, if planned.
     """
 
     prompt: np.ndarray
