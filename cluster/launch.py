@@ -191,7 +191,7 @@ def build_trainer(
     """The loop of a recipe over its parts."""
     prompts = recipe.prompts.load()
     rollout, evaluation = recipe.rollout, recipe.evaluation
-    algorithm = build_algorithm(recipe.rl, rollout, recipe.seed)
+    algorithm = build_algorithm(recipe.rl, rollout, recipe.seed, recipe.schedule.stale)
     held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
     gap = evaluation.gap
     return Trainer(
