@@ -31,6 +31,7 @@ OWN = frozenset({"prompt", "id", TEACHER})
 # So many failures one after the other are the teacher's, not the prompts': the rest is not asked.
 FAILURES_IN_A_ROW = 50
 TOGETHER = 64  # conversations that vLLM gets in one call
+LONGEST = 3600.0  # seconds that such a call, or loading the model, may take
 
 
 class AnswersError(ValueError):
@@ -309,6 +310,9 @@ class VllmTeacher:
     def _said(self, words: Any) -> list[Answer] | ValueError:
         try:
             self.connection.send(words)
+            if not self.connection.poll(LONGEST):
+                self.process.kill()
+                raise TeacherFailed(f"vLLM gave no answer within {LONGEST:g} s")
             made, error = self.connection.recv()
         except (EOFError, OSError) as lost:
             raise TeacherFailed(f"vLLM's process ended with {self.process.wait()}") from lost

@@ -1,7 +1,7 @@
 """DeepSpeed learner ranks as Ray actors behind one class.
 
 Ranks are never restarted singly: their collective state is only valid together. When one is lost
-the group is; the launcher builds a new one from the last checkpoint.
+or hangs the group is; the launcher builds a new one from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from cluster.distill_rank import build_rank
 from cluster.jobs import AnyItem, place_replays
 from cluster.logs import log_to
-from cluster.ray_cluster import LOST, TIMEOUT, ClusterError, Placement, actor_options, share_of
+from cluster.ray_cluster import LOST, TIMEOUT, Placement, actor_options, share_of
+from cluster.stacks import keep_stacks
 from cluster.weights import Weights
 from recipes.schema import AnyRecipe, recipe_from_json
 from rl.contracts import Update
@@ -27,7 +28,7 @@ from rl.items import micro_steps, share
 
 
 class LearnerLost(RuntimeError):
-    """A rank's process is gone, and with it the group."""
+    """A rank is gone or hangs, and with it the group; or what it was to replay is gone."""
 
 
 class RankActor:
@@ -81,6 +82,7 @@ class RayLearner:
 
     def __init__(self, recipe: AnyRecipe, placement: Placement, log_dir: str) -> None:
         self.recipe = recipe
+        self.log_dir = log_dir
         learner, colocated = recipe.learner, recipe.cluster.colocated
         actor: Any = ray.remote(RankActor)
         self.ranks: list[Any] = [
@@ -161,14 +163,18 @@ class RayLearner:
         """Answers of all ranks.
 
         Raises:
-            LearnerLost: a process is gone, or its peers noticed that it is.
-            ClusterError: the deadline passed; the ranks are ended.
+            LearnerLost: a process is gone, or its peers noticed that it is; the deadline passed (the
+                stacks are kept and the ranks ended); or a node took along what they were to replay.
         """
         try:
             return ray.get(calls, timeout=timeout)
         except TIMEOUT as error:
+            names = {f"learner-{index}": rank for index, rank in enumerate(self.ranks)}
+            keep_stacks(names, self.log_dir)
             self.stop()
-            raise ClusterError(f"learner ranks gave no answer within {timeout:g} s") from error
+            raise LearnerLost(f"its ranks gave no answer within {timeout:g} s") from error
+        except ObjectLostError as error:
+            raise LearnerLost("samples were lost with the node that held them") from error
         except LOST as error:
             raise LearnerLost(str(error)) from error
         except RayTaskError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,14 @@ def fill(recipe: DistillRecipe, console: Console, samples: int | None) -> Path:
         logs.mkdir(exist_ok=True)
         pool = RayRolloutPool(recipe, placed, str(logs.resolve()))
         pool.start()
+        fetch = partial(ray.get, timeout=recipe.cluster.job_timeout)
         with contextlib.closing(pool):
             for done, shard in enumerate(missing, shards - len(missing) + 1):
                 started = time.perf_counter()
                 drawn = draws(shard)
                 plans = [teacher_plan()] * len(drawn)
                 found = sorted(pool.generate(drawn, plans), key=lambda s: s.group.group)
-                store.write(shard, [stored(sample, ray.get) for sample in found])
+                store.write(shard, [stored(sample, fetch) for sample in found])
                 progress.step(done, {"time/step": time.perf_counter() - started})
     return store.directory
 

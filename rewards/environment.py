@@ -35,6 +35,7 @@ FILES = Path(__file__).parent / "environments"
 MARKER = "rectify.json"
 OPERATORS = "rectify_torchvision"
 NO_OPERATORS = "torchvision::nms does not exist"
+LONGEST = 7200.0  # seconds that one installation may take
 
 State = Literal["ready", "outdated", "unfinished", "absent"]
 
@@ -229,7 +230,10 @@ def _give_operators(python: Path, site: Path) -> None:
 
 def _run(command: Sequence[str]) -> None:
     own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(command, capture_output=True, text=True, env=own)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=own, timeout=LONGEST)
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentFailed(f"{' '.join(command)} took over {LONGEST:g} s") from error
     if done.returncode != 0:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise EnvironmentFailed(f"{' '.join(command)} ended with {done.returncode}:\n{last}")

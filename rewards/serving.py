@@ -28,6 +28,9 @@ from rewards.environment import missing, python_of, variables
 if TYPE_CHECKING:
     from rewards.catalogue import RewardConfig
 
+BUILDING = 1800.0  # seconds in which a reward is built, models loaded
+ENDING = 30.0  # seconds that a process takes to end after it closed its pipe
+
 
 class RewardServer:
     """Holds one reward and scores chunks of media, or of texts."""
@@ -93,7 +96,9 @@ class EnvironmentProcess:
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
+        self.built = False
         self.ask(*crossing(config))
+        self.built = True
 
     def health(self) -> int:
         """See ``RewardServer``."""
@@ -115,13 +120,20 @@ class EnvironmentProcess:
         """What the process answers.
 
         Raises:
-            RewardFailed: it answers with an error, or ends.
+            RewardFailed: it answers with an error, not in time, or ends.
         """
         name = self.config.name or self.config.kind
+        seconds = self.config.deadline if self.built else BUILDING
         try:
             self.connection.send(words)
+            if not self.connection.poll(seconds):
+                self.process.kill()
+                raise RewardFailed(f"reward {name!r}: no answer within {seconds:g} s (deadline)")
             answer, error = self.connection.recv()
         except (EOFError, OSError) as lost:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(ENDING)
+            self.process.kill()
             status = self.process.wait()
             raise RewardFailed(f"reward {name!r}: its process ended with {status}") from lost
         if error is not None:

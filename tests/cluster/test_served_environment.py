@@ -155,6 +155,16 @@ def test_a_child_that_dies_fails_its_reward(place: Path, digits_recipe: Callable
         worker.score(["p"], {}, [np.zeros((1, 4, 4, 1), np.uint8)])
 
 
+def test_a_child_that_hangs_fails_its_reward(place: Path, digits_recipe: Callable[..., Recipe]):
+    rewards = ["rewards=[{kind: ink, deadline: 0.5}]", "evaluation.rewards=[]"]
+    (worker,) = LocalScorer(digits_recipe(*rewards)).training
+    assert isinstance(worker, EnvironmentProcess)
+    os.kill(worker.health(), signal.SIGSTOP)
+    with pytest.raises(RewardFailed, match=r"reward 'ink': no answer within 0.5 s \(deadline\)"):
+        worker.score(["p"], {}, [np.zeros((1, 4, 4, 1), np.uint8)])
+    assert worker.process.wait(10) == -signal.SIGKILL
+
+
 def test_a_child_ends_with_its_owner(place: Path, digits_recipe: Callable[..., Recipe]):
     scorer: Any = LocalScorer(digits_recipe("rewards=[{kind: ink}]", "evaluation.rewards=[]"))
     process = psutil.Process(scorer.training[0].health())
