@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +21,8 @@ import ray
 
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
+from cluster.stacks import keep_stacks
+from cluster.timeline import Timeline
 from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
 from rewards.calling import Failure, Scores
@@ -35,29 +41,36 @@ class _Served:
     replicas: list[Any]
     calls: int = 0
 
-    def next(self) -> Any:
+    def next(self) -> int:
         """A replica, in turn."""
         self.calls += 1
-        return self.replicas[self.calls % len(self.replicas)]
+        return self.calls % len(self.replicas)
+
+    def track(self, replica: int) -> str:
+        """Its name in logs."""
+        return f"reward-{reward_name(self.config)}-{replica}"
 
 
 @dataclass(frozen=True)
 class _Call:
     served: _Served
-    replica: Any
+    replica: int
     answer: Any
 
 
 class RayScorer:
     """See ``rl.contracts.Scorer``."""
 
-    def __init__(self, recipe: AnyRecipe, log_dir: str) -> None:
+    def __init__(self, recipe: AnyRecipe, log_dir: str, timeline: Timeline | None = None) -> None:
+        """``timeline``: gets what each actor does."""
+        self.log_dir, self.timeline = log_dir, timeline
         self.training = [self._serve(recipe, config, log_dir) for config in recipe.rewards]
         self.held_out = [
             self._serve(recipe, config, log_dir) for config in recipe.evaluation.rewards
         ]
         self.start_timeout = recipe.cluster.start_timeout
         self.seconds = 0.0
+        self._counting = threading.Lock()
 
     def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
@@ -107,7 +120,7 @@ class RayScorer:
         prompts, columns = chunk_columns(samples)
         media = [sample.media for sample in samples]
         answers = [
-            (one, one.next().describe.remote(prompts, columns, *media))
+            (one, one.replicas[one.next()].describe.remote(prompts, columns, *media))
             for one in [*self.training, *self.held_out]
         ]
         metrics: Metrics = {}
@@ -125,26 +138,39 @@ class RayScorer:
 
     def take_seconds(self) -> float:
         """See ``rl.contracts.Scorer``."""
-        seconds, self.seconds = self.seconds, 0.0
+        with self._counting:
+            seconds, self.seconds = self.seconds, 0.0
         return seconds
 
     def _submit(self, served: _Served, chunk: Sequence[Sampled]) -> _Call:
         prompts, columns = chunk_columns(chunk)
         replica = served.next()
-        answer = replica.score.remote(prompts, columns, *[sample.media for sample in chunk])
+        media = [sample.media for sample in chunk]
+        answer = served.replicas[replica].score.remote(prompts, columns, *media)
+        answer.future().add_done_callback(partial(self._scored, served.track(replica)))
         return _Call(served, replica, answer)
+
+    def _scored(self, track: str, answer: Future[tuple[Scores, float]]) -> None:
+        """When an answer arrives; it may be taken later."""
+        if answer.exception() is None:
+            seconds = answer.result()[1]
+            with self._counting:
+                self.seconds += seconds
+            if self.timeline is not None:
+                self.timeline.span(track, "score", time.time() - seconds, seconds)
 
     def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
         config = call.served.config
         reason: Literal["deadline", "worker_died"] = "deadline"
         for attempt in range(config.retries + 1):
             try:
-                scores, seconds = ray.get(call.answer, timeout=config.deadline)
-                self.seconds += seconds
+                scores, _ = ray.get(call.answer, timeout=config.deadline)
                 return scores
             except TIMEOUT:
                 reason = "deadline"
-                ray.kill(call.replica, no_restart=False)
+                replica = call.served.replicas[call.replica]
+                keep_stacks({call.served.track(call.replica): replica}, self.log_dir)
+                ray.kill(replica, no_restart=False)
             except LOST:
                 reason = "worker_died"  # Ray has repeated the call already
                 break
