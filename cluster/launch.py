@@ -289,7 +289,14 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
     asked = recipe.model_dump(mode="json")
     # A rate that falls to 0 at the last step is another one where that step is another.
     free = [key for key in FREE if key != "steps" or recipe.optimizer.decay == "none"]
-    different = [key for key in asked if key not in free and asked[key] != begun.get(key)]
+    # A key that is younger than the run is as it was where it has its default.
+    defaults = {key: field.get_default() for key, field in type(recipe).model_fields.items()}
+    different = [
+        key
+        for key in asked
+        if key not in free
+        and (asked[key] != begun[key] if key in begun else getattr(recipe, key) != defaults[key])
+    ]
     if (path / "data.sha256").read_text().strip() != data_digest(recipe.prompts.load()):
         different.append("prompts (the data itself)")
     if different and not changed:

@@ -65,7 +65,7 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
     kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _noised(recipe), _sizes(recipe)]
-    return [*kinds, _answers(recipe), comparison(recipe)]
+    return [*kinds, _parts(recipe), _answers(recipe), comparison(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -207,6 +207,35 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 f"{recipe.rollout.batch_size} holds no group of rollout.group_size "
                 f"{recipe.rollout.group_size}"
             ),
+        )
+
+
+def _parts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A set that is trained in parts: nothing about a part may depend on the others."""
+    parts, rl, key = recipe.schedule.parts, recipe.rl, "schedule.parts"
+    groups, ranks = recipe.rollout.prompts_per_step, recipe.learner.ranks
+    if parts == 1:
+        return
+    if recipe.schedule.stale:
+        yield key, f"schedule.mode {recipe.schedule.mode} draws whole sets ahead; leave it out"
+    if groups % parts or (groups // parts) % ranks:
+        yield (
+            key,
+            f"{groups} groups (rollout.prompts_per_step) do not divide into {parts} parts for "
+            f"{ranks} ranks",
+        )
+    if not rl.on_policy or rl.dipod is not None:
+        yield key, "rl.minibatches, rl.epochs and rl.dipod take the whole set; leave it out"
+    if rl.advantages.std == "global":
+        yield (
+            "rl.advantages.std",
+            f"global is the whole set's, which schedule.parts {parts} does not wait for; give group or "
+            "none",
+        )
+    if isinstance(rl, TextSettings) and text_algorithm(recipe).per_token:
+        yield (
+            key,
+            f"rl.kind {rl.kind} weighs completions by the whole set's tokens; leave it out",
         )
 
 
