@@ -10,6 +10,9 @@ Run as a program this module answers what comes through a connection, with vLLM:
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import os
 import random
 import re
@@ -22,7 +25,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -157,7 +160,8 @@ class EndpointEngine:
             with self._session.post(
                 self.url, json=request, timeout=self.timeout, allow_redirects=False, stream=True
             ) as response:
-                body = _limited(response)
+                # Here, so that an answer that repeats the key is nowhere shown or written either.
+                body = self._hidden(_limited(response))
         except requests.ReadTimeout as error:
             # Repeated it would be computed, and paid for, twice at a time.
             raise ValueError(
@@ -196,8 +200,14 @@ class EndpointEngine:
         return ValueError(message)
 
     def _shown(self, text: str) -> str:
-        """The first characters of a foreign text, without the key, which servers may repeat."""
-        return shown(text.replace(self._key, "***") if self._key else text)
+        """The first characters of a foreign text."""
+        return shown(self._hidden(text))
+
+    def _hidden(self, text: str) -> str:
+        """A foreign text without the key, which servers may repeat."""
+        for form in _forms(self._key) if self._key else ():
+            text = text.replace(form, "***")
+        return text
 
 
 class VllmEngine:
@@ -355,6 +365,18 @@ def _bearer(key: str | None) -> Callable[[requests.PreparedRequest], requests.Pr
         return request
 
     return sign
+
+
+def _forms(key: str) -> list[str]:
+    """How a key may be written in HTML, JSON, an address or credentials, longest first."""
+    forms = {
+        key,
+        html.escape(key),
+        json.dumps(key)[1:-1],
+        quote(key, safe=""),
+        base64.b64encode(key.encode()).decode(),
+    }
+    return sorted(forms, key=len, reverse=True)
 
 
 def _limited(response: requests.Response) -> str:
