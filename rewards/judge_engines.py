@@ -10,9 +10,6 @@ Run as a program this module answers what comes through a connection, with vLLM:
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import os
 import random
 import re
@@ -25,9 +22,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
+
+from rewards.redaction import hidden
 
 if TYPE_CHECKING:
     import requests
@@ -205,9 +204,7 @@ class EndpointEngine:
 
     def _hidden(self, text: str) -> str:
         """A foreign text without the key, which servers may repeat."""
-        for form in _forms(self._key) if self._key else ():
-            text = text.replace(form, "***")
-        return text
+        return hidden(text, self._key) if self._key else text
 
 
 class VllmEngine:
@@ -365,18 +362,6 @@ def _bearer(key: str | None) -> Callable[[requests.PreparedRequest], requests.Pr
         return request
 
     return sign
-
-
-def _forms(key: str) -> list[str]:
-    """How a key may be written in HTML, JSON, an address or credentials, longest first."""
-    forms = {
-        key,
-        html.escape(key),
-        json.dumps(key)[1:-1],
-        quote(key, safe=""),
-        base64.b64encode(key.encode()).decode(),
-    }
-    return sorted(forms, key=len, reverse=True)
 
 
 def _limited(response: requests.Response) -> str:
