@@ -16,6 +16,7 @@ from cluster.cli_compare import compare
 from cluster.cli_env import env
 from cluster.cli_measure import curves, err, evaluate, out, refuse
 from cluster.cli_submit import VERBS
+from cluster.cli_top import top
 from cluster.doctor import diagnose, gpu_count
 from recipes.errors import RecipeError
 
@@ -193,7 +194,7 @@ def schema() -> None:
     out.print_json(json.dumps(editor_schema(KINDS)))
 
 
-for verb in (answer, compare, evaluate, curves, audit):
+for verb in (answer, compare, evaluate, curves, audit, top):
     app.command()(verb)
 for name, verb in VERBS.items():
     app.command(name)(verb)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ def on_ray(recipe: Recipe, log_dir: Path) -> Generator[Parts]:
         served = scorer.remote_scores() if recipe.comparison.served else None
         pool = RayRolloutPool(alone, placement, str(log_dir), served)
         pool.start()
-        yield Parts(pool, scorer)
+        with closing(pool):
+            yield Parts(pool, scorer)
 
 
 def in_process(recipe: Recipe) -> Parts:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import ObjectLostError
 from rich.console import Console
 
 from cluster import checkpoints
+from cluster.checkpoints import Checkpoint
 from cluster.learner_group import LearnerLost, RayLearner
 from cluster.local import LocalLearner, LocalRolloutPool, LocalScorer
 from cluster.logs import log_to
 from cluster.progress import Progress
-from cluster.ray_cluster import Placement, connected
+from cluster.ray_cluster import TIMEOUT, ClusterError, Placement, connected
 from cluster.report import write_report
 from cluster.reward_actors import RayScorer
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import RunDirectory, data_digest, describe, new_directory
 from cluster.teacher_store import source_of
 from cluster.tracking import MetricsFile, open_trackers
+from cluster.weights import read_weights
 from distill.catalogue import teacher_plan
 from distill.train import Distiller
 from distill.two_step import TwoStepConfig
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
+from rl.ahead import ScheduleConfig
 from rl.catalogue import build_algorithm
 from rl.contracts import RolloutPool, Scorer
 from rl.evaluate import Evaluation
@@ -36,6 +41,11 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: where and how long, never what is computed.
 FREE = ("steps", "learner", "workers", "cluster", "checkpoints", "tracking", "run_dir", "name")
+
+
+# The published weights of the step before a checkpoint.
+OLDER = "older.safetensors"
+FETCH_SECONDS = 600.0
 
 
 class ResumeError(ValueError):
@@ -87,20 +97,24 @@ def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, lo
     pool.start()
     scorer = RayScorer(recipe, log_dir)
     scorer.start()
-    for attempt in range(recipe.cluster.max_restarts + 1):
-        learner = RayLearner(recipe, placement, log_dir)
-        try:
-            learner.start()
-            _train(recipe, directory, pool, scorer, learner)
-            learner.stop()
-            return
-        except LearnerLost as error:
-            learner.stop()
-            if attempt == recipe.cluster.max_restarts:
-                raise
-            directory.progress.message(
-                f"learner lost ({error}); rebuilding from the last checkpoint"
-            )
+    with contextlib.closing(pool):
+        for attempt in range(recipe.cluster.max_restarts + 1):
+            learner = RayLearner(recipe, placement, log_dir)
+            try:
+                learner.start()
+                _train(recipe, directory, pool, scorer, learner)
+                learner.stop()
+                return
+            except (LearnerLost, ObjectLostError) as error:
+                learner.stop()
+                lost = "samples" if isinstance(error, ObjectLostError) else "learner"
+                why = str(error).splitlines()[0]
+                if attempt == recipe.cluster.max_restarts:
+                    raise LearnerLost(f"{lost} lost too often: {why}") from error
+                logger.warning("%s lost: %s", lost, error)
+                directory.progress.message(
+                    f"{lost} lost ({why}); going back to the last checkpoint"
+                )
 
 
 def run_locally(recipe: AnyRecipe, path: Path, console: Console) -> RunDirectory:
@@ -132,9 +146,28 @@ def _train(
     build = build_distiller if isinstance(recipe, DistillRecipe) else build_trainer
     parts: Any = (directory, pool, scorer, learner, step)
     trainer = build(recipe, *parts)  # pyright: ignore[reportArgumentType]
+    if isinstance(trainer, Trainer) and trainer.schedule.overlap.mode == "one_step_ahead":
+        _keep_older(trainer, directory, learner, found)
     pool.load(learner.publish(trainer.step))
     prove_rewards(trainer)
     trainer.train()
+
+
+def _keep_older(
+    trainer: Trainer,
+    directory: RunDirectory,
+    learner: RayLearner | LocalLearner,
+    found: Checkpoint | None,
+) -> None:
+    """A checkpoint has the weights of the step before too: the set that comes next is theirs."""
+
+    def save(path: Path) -> None:
+        learner.save(path)
+        _fetch(trainer.before.data).tofile(path / OLDER)
+
+    directory.save = save
+    if found is not None and (found.path / OLDER).exists():
+        trainer.before = read_weights(found.path / OLDER, found.step - 1)
 
 
 def schedule_of(recipe: AnyRecipe) -> Schedule:
@@ -148,6 +181,7 @@ def schedule_of(recipe: AnyRecipe) -> Schedule:
         checkpoint_every=recipe.checkpoints.every,
         weights={config.name or config.kind: config.weight for config in recipe.rewards},
         dtype=recipe.policy.dtype,
+        overlap=recipe.schedule if isinstance(recipe, Recipe) else ScheduleConfig(),
     )
 
 
@@ -273,4 +307,10 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
 
 
 def _fetch(reference: Any) -> Any:
-    return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
+    if not isinstance(reference, ray.ObjectRef):
+        return reference
+    try:
+        return ray.get(reference, timeout=FETCH_SECONDS)
+    except TIMEOUT as error:
+        message = f"no node handed over a sample within {FETCH_SECONDS:g} s"
+        raise ClusterError(message) from error

@@ -5,6 +5,7 @@ This is how most tests run, and what the Ray pools must agree with number for nu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,31 @@ class LocalRolloutPool:
     """One rollout worker in this process."""
 
     def __init__(self, recipe: AnyRecipe) -> None:
-        self.batch_size = recipe.rollout.batch_size
-        self.worker = RolloutWorker(recipe.model_dump_json(), "cpu", torch.get_num_threads())
+        threads = torch.get_num_threads()
+        self._hold(RolloutWorker(recipe.model_dump_json(), "cpu", threads), recipe.rollout)
+
+    def _hold(self, worker: RolloutWorker, sampler: Any) -> None:
+        self.worker, self.batch_size = worker, sampler.batch_size
+        self.latest: Weights | None = None
+        self._lock = threading.Lock()
 
     def load(self, weights: Weights) -> None:
         """See ``rl.contracts.RolloutPool``."""
-        self.worker.load(weights.data, weights.version, weights.checksum)
+        self.latest = weights
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> Iterator[Sampled]:
+    def cancel(self) -> None:
+        """See ``rl.contracts.RolloutPool``. Nothing is drawn before it is asked for."""
+
+    def generate(
+        self, groups: Sequence[Group], plans: Sequence[Plan], weights: Weights | None = None
+    ) -> Iterator[Sampled]:
         """See ``rl.contracts.RolloutPool``."""
         for number, job in enumerate(partition(groups, self.batch_size)):
-            records, *parts = self.worker.generate(groups[job], plans[job])
+            with self._lock:
+                wanted = weights or self.latest
+                if wanted is not None and wanted.checksum != self.worker.checksum:
+                    self.worker.load(wanted.data, wanted.version, wanted.checksum)
+                records, *parts = self.worker.generate(groups[job], plans[job])
             if isinstance(records, Failed):
                 raise RuntimeError(records.message)
             yield from sampled(number, groups[job], records, parts)
@@ -59,6 +74,7 @@ class LocalScorer:
     def __init__(self, recipe: AnyRecipe) -> None:
         """Raises RewardFailed: see ``rewards.serving.EnvironmentProcess``."""
         self.seconds = 0.0
+        self._lock = threading.Lock()  # a reward need not be written for threads
         self.training = [_serve(config) for config in recipe.rewards]
         self.held_out = [_serve(config) for config in recipe.evaluation.rewards]
 
@@ -71,9 +87,10 @@ class LocalScorer:
             parts = scores.setdefault(reward_name(worker.config), [])
             for chunk in chunks:
                 prompts, columns = chunk_columns(chunk)
-                answer, seconds = worker.score(prompts, columns, *[s.media for s in chunk])
+                with self._lock:
+                    answer, seconds = worker.score(prompts, columns, *[s.media for s in chunk])
+                    self.seconds += seconds
                 parts.append(answer)
-                self.seconds += seconds
         return collect(chunks, scores, [w.config for w in workers])
 
     def take_seconds(self) -> float:

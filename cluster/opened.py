@@ -12,11 +12,11 @@ class _Opened(RolloutWorker):
 
     def __init__(self, source: Source) -> None:
         self.policy, self.sampler, self.version = source.policy, source.sampler, source.step
+        self.checksum = None
 
 
 class OpenedPool(LocalRolloutPool):
     """That worker, cut into the jobs that a run cuts its evaluation into."""
 
     def __init__(self, source: Source) -> None:
-        self.batch_size = source.sampler.config.batch_size
-        self.worker = _Opened(source)
+        self._hold(_Opened(source), source.sampler.config)

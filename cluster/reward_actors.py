@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
+from cluster.stacks import keep_stacks
 from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
-from rewards.calling import Failure, Scores
+from rewards.calling import Failure, RewardFailed, Scores
 from rewards.catalogue import RewardConfig
 from rewards.serving import EnvironmentServer, crossing, interpreter, process_variables
 from rl.contracts import Metrics, Sampled, Scored
 
 logger = logging.getLogger(__name__)
+
+FETCH_SECONDS = 120.0
 
 
 @dataclass
@@ -56,7 +60,7 @@ class RayScorer:
         self.held_out = [
             self._serve(recipe, config, log_dir) for config in recipe.evaluation.rewards
         ]
-        self.start_timeout = recipe.cluster.start_timeout
+        self.start_timeout, self.log_dir = recipe.cluster.start_timeout, log_dir
         self.seconds = 0.0
 
     def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
@@ -106,14 +110,21 @@ class RayScorer:
         """See ``rl.contracts.Scorer``."""
         prompts, columns = chunk_columns(samples)
         media = [sample.media for sample in samples]
-        answers = [
-            (one, one.next().describe.remote(prompts, columns, *media))
-            for one in [*self.training, *self.held_out]
-        ]
+
+        def ask(one: _Served) -> _Call:
+            replica = one.next()
+            return _Call(one, replica, replica.describe.remote(prompts, columns, *media))
+
         metrics: Metrics = {}
-        for one, answer in answers:
-            described: Any = ray.get(answer, timeout=one.config.deadline)
-            metrics |= {f"{reward_name(one.config)}/{key}": v for key, v in described.items()}
+        for call in [ask(one) for one in [*self.training, *self.held_out]]:
+            name = reward_name(call.served.config)
+            try:
+                described = self._answer(call, lambda call=call: ask(call.served))
+            except ObjectLostError:
+                raise
+            except (TIMEOUT, *LOST) as error:
+                raise RewardFailed(f"reward {name!r} does not describe a set: {error}") from error
+            metrics |= {f"{name}/{key}": value for key, value in described.items()}
         return metrics
 
     def remote_scores(self) -> dict[str, RemoteScore]:
@@ -134,22 +145,45 @@ class RayScorer:
         answer = replica.score.remote(prompts, columns, *[sample.media for sample in chunk])
         return _Call(served, replica, answer)
 
-    def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
+    def _answer(self, call: _Call, repeat: Callable[[], _Call]) -> Any:
+        """What an actor answers; one that hangs is replaced, and the call repeated.
+
+        Raises:
+            GetTimeoutError: no answer in time, every time. LOST: see ``cluster.ray_cluster``.
+        """
         config = call.served.config
-        reason: Literal["deadline", "worker_died"] = "deadline"
         for attempt in range(config.retries + 1):
             try:
-                scores, seconds = ray.get(call.answer, timeout=config.deadline)
-                self.seconds += seconds
-                return scores
+                return ray.get(call.answer, timeout=config.deadline)
             except TIMEOUT:
-                reason = "deadline"
+                name = f"reward-{reward_name(config)}"
+                logger.warning("%s: attempt %d: no answer in time", name, attempt + 1)
+                index = call.served.replicas.index(call.replica)
+                keep_stacks({f"{name}-{index}": call.replica}, self.log_dir)
                 ray.kill(call.replica, no_restart=False)
-            except LOST:
-                reason = "worker_died"  # Ray has repeated the call already
-                break
-            logger.warning("reward %s: attempt %d: %s", reward_name(config), attempt + 1, reason)
-            call = self._submit(call.served, chunk)
+                if attempt == config.retries:
+                    raise
+            call = repeat()
+        raise AssertionError("there is a first attempt")
+
+    def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
+        """Scores of a chunk.
+
+        Raises:
+            ObjectLostError: the samples are gone, with the node that held them.
+        """
+        config = call.served.config
+        reason: Literal["deadline", "worker_died"] = "deadline"
+        try:
+            scores, seconds = self._answer(call, lambda: self._submit(call.served, chunk))
+            self.seconds += seconds
+            return scores
+        except ObjectLostError:
+            raise
+        except TIMEOUT:
+            reason = "deadline"
+        except LOST:
+            reason = "worker_died"  # Ray has repeated the call already
         if sum(sample.group.size for sample in chunk) == 1:
             return _failed(config, chunk[0], reason)
         logger.warning("reward %s: a chunk fails (%s); taken apart", reward_name(config), reason)
@@ -234,7 +268,9 @@ def _singles(chunk: Sequence[Sampled]) -> list[Sampled]:
     """Each sample of a chunk as a group of one, its media cut out here (the rare path)."""
     singles: list[Sampled] = []
     for sample in chunk:
-        media = ray.get(sample.media) if isinstance(sample.media, ray.ObjectRef) else sample.media
+        media = sample.media
+        if isinstance(media, ray.ObjectRef):
+            media = ray.get(media, timeout=FETCH_SECONDS)
         for index in range(sample.group.size):
             group = replace(sample.group, size=1)
             singles.append(replace(sample, group=group, media=media[index : index + 1]))

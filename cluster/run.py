@@ -22,6 +22,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.media import write_evaluated
 from cluster.monitors import learns_from_itself, recursion_metrics, warnings
 from cluster.progress import Progress
+from cluster.timeline import attempt_timeline
 from cluster.tracking import MetricsFile, Tracker
 from recipes.schema import AnyRecipe
 from rl.contracts import Metrics, Scored
@@ -39,6 +40,7 @@ class RunDirectory:
     Attributes:
         path: the run directory. ``attempt``: how many processes have worked on it.
         costs: totals since step 0, kept in every checkpoint.
+        timeline: what the actors did, written with each step's metrics.
         extra: what else a checkpoint keeps of the loop; ``restored``: what it kept.
     """
 
@@ -53,6 +55,7 @@ class RunDirectory:
         self.recipe, self.path = recipe, path
         self.trackers, self.progress, self.fetch = trackers, progress, fetch
         self.metrics = MetricsFile(path / "metrics.jsonl")
+        self.timeline = attempt_timeline(path)
         self.costs: Metrics = {}
         self.best: tuple[float, int] | None = None
         self.save: Callable[[Path], None] | None = None
@@ -73,9 +76,12 @@ class RunDirectory:
     def log(self, step: int, metrics: Metrics) -> None:
         """See ``rl.contracts.Run``."""
         metrics = metrics | self._idle(metrics)
+        metrics.setdefault("rollout/samples", self._samples(metrics))
         self._add_costs(metrics)
         metrics |= {f"cost/{name}": total for name, total in self.costs.items()}
         self._write("train", step, metrics)
+        self.timeline.instant("driver", "step", time.time(), step=step)
+        self.timeline.flush()
         self.progress.step(step, metrics)
 
     def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
@@ -140,7 +146,8 @@ class RunDirectory:
         signal.signal(signal.SIGTERM, handle)
 
     def close(self) -> None:
-        """End the trackers."""
+        """End the timeline and the trackers."""
+        self.timeline.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -176,6 +183,12 @@ class RunDirectory:
         self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+    def _samples(self, metrics: Metrics) -> float:
+        """Of the step, less those of dropped groups."""
+        rollout = self.recipe.rollout
+        groups = rollout.prompts_per_step - metrics.get("rollout/dropped_groups", 0.0)
+        return groups * rollout.group_size
 
     def _idle(self, metrics: Metrics) -> Metrics:
         """Share of the step in which an actor of a kind had nothing to do."""

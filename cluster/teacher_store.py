@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -132,13 +133,14 @@ def fill(recipe: DistillRecipe, console: Console, samples: int | None) -> Path:
         pool = RayRolloutPool(recipe, placed, str(logs.resolve()))
         pool.start()
         fetch = partial(ray.get, timeout=recipe.cluster.job_timeout)
-        for done, shard in enumerate(missing, shards - len(missing) + 1):
-            started = time.perf_counter()
-            drawn = draws(shard)
-            plans = [teacher_plan()] * len(drawn)
-            found = sorted(pool.generate(drawn, plans), key=lambda s: s.group.group)
-            store.write(shard, [stored(sample, fetch) for sample in found])
-            progress.step(done, {"time/step": time.perf_counter() - started})
+        with contextlib.closing(pool):
+            for done, shard in enumerate(missing, shards - len(missing) + 1):
+                started = time.perf_counter()
+                drawn = draws(shard)
+                plans = [teacher_plan()] * len(drawn)
+                found = sorted(pool.generate(drawn, plans), key=lambda s: s.group.group)
+                store.write(shard, [stored(sample, fetch) for sample in found])
+                progress.step(done, {"time/step": time.perf_counter() - started})
     return store.directory
 
 

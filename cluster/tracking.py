@@ -7,17 +7,23 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "prometheus": "prometheus_client",
+}
 INSTALL = {
     "tensorboard": "pip install tensorboard",
     "wandb": "pip install 'rectify[wandb]'",
     "mlflow": "pip install 'rectify[mlflow]'",
+    "prometheus": "pip install 'ray[default]'",
 }
 
 
@@ -30,7 +36,7 @@ class MetricsFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _strict(v) for k, v in row.items()}, allow_nan=False) + "\n")
+            file.write(json.dumps({k: strict(v) for k, v in row.items()}, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Make all lines durable."""
@@ -40,17 +46,11 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a torn last one (a crash) is left out."""
-        if not self.path.exists():
-            return []
-        rows: list[dict[str, Any]] = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "step" in row and "kind" in row:
-                rows.append(row)
-        return rows
+        return _rows(self.path.read_bytes()) if self.path.exists() else []
+
+    def tail(self, size: int) -> list[dict[str, Any]]:
+        """The last whole lines, as many as lie in so many bytes."""
+        return _rows(last_bytes(self.path, size)) if self.path.exists() else []
 
     def truncate(self, step: int) -> None:
         """Drop what came after ``step``, atomically."""
@@ -132,7 +132,18 @@ class MLflowTracker:
         self.mlflow.end_run()
 
 
-TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "mlflow": MLflowTracker}
+def _prometheus(run: Path) -> Tracker:
+    from cluster.prometheus import PrometheusTracker
+
+    return PrometheusTracker(run)
+
+
+TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+    "mlflow": MLflowTracker,
+    "prometheus": _prometheus,
+}
 
 
 def open_trackers(kinds: Sequence[str], run: Path) -> list[Tracker]:
@@ -145,5 +156,27 @@ def missing(kind: str) -> str | None:
     return None if importlib.util.find_spec(PACKAGES[kind]) else INSTALL[kind]
 
 
-def _strict(value: Any) -> Any:
+def last_bytes(path: Path, size: int) -> bytes:
+    """The end of a file from the beginning of a line on; all of a small one."""
+    with path.open("rb") as file:
+        whole = file.seek(0, os.SEEK_END)
+        file.seek(max(whole - size, 0))
+        data = file.read()
+    return data if whole <= size else data.partition(b"\n")[2]
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in data.decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row and "kind" in row:
+            rows.append(row)
+    return rows
+
+
+def strict(value: Any) -> Any:
+    """JSON's null in place of a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ def pack(tensors: Mapping[str, np.ndarray], version: int) -> Weights:
     """Published form of fp32 arrays by parameter name."""
     data = np.frombuffer(safetensors.numpy.save(dict(tensors)), dtype=np.uint8)
     return Weights(version, checksum(tensors), data)
+
+
+def read_weights(path: Path, version: int) -> Weights:
+    """Weights from a file that holds a blob."""
+    data = np.fromfile(path, np.uint8)
+    return Weights(version, checksum(unpack(data)), data)
 
 
 def unpack(data: np.ndarray) -> dict[str, np.ndarray]:

@@ -57,12 +57,14 @@ class Health:
 class Record:
     """The small part of a sampled group, which the driver opens.
 
+    ``started`` is the worker's own clock (Unix time), when its call began.
     ``problem`` is set for a group that its own data made impossible; the other parts are then empty.
     """
 
     summary: FlowSummary | TextSummary | None = None
     facts: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     forwards: int = 0
+    started: float = 0.0
     seconds: float = 0.0
     version: int = 0
     problem: str | None = None
@@ -92,6 +94,7 @@ class RolloutWorker:
         torch.set_num_threads(threads)
         self.boot = uuid.uuid4().hex
         self.version: int | None = None
+        self.checksum: str | None = None
         self.recipe = recipe_from_json(recipe_json)
         self.policy, self.sampler = sampler_of(self.recipe, device)
         self.served = served
@@ -104,12 +107,20 @@ class RolloutWorker:
     def load(self, data: np.ndarray, version: int, checksum: str) -> int:
         """Take published weights; returns the number of bound parameters once proved."""
         bound = bind(self.policy.trainable(), Weights(version, checksum, data))
-        self.version = version
+        self.version, self.checksum = version, checksum
         return bound
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> list[Any]:
-        """``[records, replay, media, replay, media, ...]``, a pair for each group."""
-        started = time.perf_counter()
+    def generate(
+        self, groups: Sequence[Group], plans: Sequence[Plan], checksum: str | None = None
+    ) -> list[Any]:
+        """``[records, replay, media, replay, media, ...]``, a pair for each group.
+
+        ``checksum``: of the weights that shall sample; a process that was started anew has others.
+        """
+        began, started = time.time(), time.perf_counter()
+        if checksum is not None and checksum != self.checksum:
+            failed = Failed("infrastructure", f"holds other weights than {checksum[:12]}")
+            return [failed, *[None] * (2 * len(groups))]
         try:
             rollouts, facts = self._sample(groups, plans)
         except GuidanceError:
@@ -121,7 +132,7 @@ class RolloutWorker:
             failed = Failed("infrastructure", traceback.format_exc())
             return [failed, *[None] * (2 * len(groups))]
         seconds = (time.perf_counter() - started) / len(groups)
-        records = [self._record(r, f, seconds) for r, f in zip(rollouts, facts, strict=True)]
+        records = [self._record(r, f, began, seconds) for r, f in zip(rollouts, facts, strict=True)]
         parts: list[Any] = []
         for rollout in rollouts:
             parts += [None, None] if isinstance(rollout, str) else [rollout.replay, rollout.media]
@@ -157,13 +168,16 @@ class RolloutWorker:
         found = variational_gap(self.policy, rollout.replay, plan.orders)  # pyright: ignore[reportArgumentType]
         return {f"gap/{name}": values for name, values in found.items()}
 
-    def _record(self, rollout: Rollout | str, facts: Facts, seconds: float) -> Record:
+    def _record(
+        self, rollout: Rollout | str, facts: Facts, started: float, seconds: float
+    ) -> Record:
         if isinstance(rollout, str):
-            return Record(problem=rollout)
+            return Record(started=started, seconds=seconds, problem=rollout)
         return Record(
             summary=rollout.summary,
             facts=facts,
             forwards=rollout.forwards,
+            started=started,
             seconds=seconds,
             version=self.version or 0,
         )

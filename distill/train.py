@@ -84,6 +84,12 @@ class Distiller:
             for name, plan in self.teachers.items():
                 metrics |= self.evaluation.measure(self.pool, self.scorer, plan, name)[0]
             self._evaluate(metrics)
+        try:
+            self._steps()
+        finally:
+            self.pool.cancel()
+
+    def _steps(self) -> None:
         while self.step < self.schedule.steps and not self.run.interrupted():
             started = time.perf_counter()
             items, (forwards, seconds) = self.teacher.take(self.step)

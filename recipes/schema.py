@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from distill.catalogue import DistillConfig
 from recipes.comparison import ComparisonConfig, FlowComparison, TextComparison
 from rewards.catalogue import RewardConfig
+from rl.ahead import ScheduleConfig
 from rl.catalogue import AlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
 from rollout.flow_sampler import FlowSamplerConfig
@@ -191,7 +192,7 @@ class RunRecipe(BaseModel, frozen=True, extra="forbid"):
         default=EvaluationConfig(), description="Held-out evaluation."
     )
     checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), description="Saved state.")
-    tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "prometheus"], ...] = Field(
         default=(), description="Trackers beside metrics.jsonl, which is always written."
     )
     run_dir: Path = Field(default=Path("runs"), description="Parent of the run directory.")
@@ -209,6 +210,9 @@ class Recipe(RunRecipe, frozen=True, extra="forbid"):
     rollout: RolloutConfig = Field(default=FlowRolloutConfig(), description="Sampling.")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="What is optimised.")
     rl: AlgorithmConfig = Field(default=FlashGRPOConfig(), description="The algorithm.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="What may run at the same time."
+    )
     compare: ComparisonConfig | None = Field(
         default=None,
         description="What 'rectify compare' runs; default a few methods at three budgets.",

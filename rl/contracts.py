@@ -86,17 +86,27 @@ class Update:
 class RolloutPool(Protocol):
     """Workers that sample groups."""
 
-    def generate(self, groups: Sequence[Group], plans: Sequence[Plan]) -> Iterator[Sampled]:
-        """Groups as they complete; one that its data made impossible is dropped and counted."""
+    def generate(
+        self, groups: Sequence[Group], plans: Sequence[Plan], weights: Any = None
+    ) -> Iterator[Sampled]:
+        """Groups as they complete; one that its data made impossible is dropped and counted.
+
+        They are drawn by published ``weights``, which a worker proves to have before it samples, or
+        (None) by those loaded last when their job starts. Threads may call at the same time.
+        """
         ...
 
     def load(self, weights: Any) -> None:
-        """All workers take published weights; returns when each has proved that it has them."""
+        """Published weights, for all that is drawn without naming any."""
+        ...
+
+    def cancel(self) -> None:
+        """Draw no more of what was asked for; whoever waits for it gets an error."""
         ...
 
 
 class Scorer(Protocol):
-    """Reward models."""
+    """Reward models. Threads may score at the same time."""
 
     def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
         """Scores for samples as they come, returned in the draws' order.

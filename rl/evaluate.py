@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,15 +44,12 @@ class Evaluation:
     def run(
         self, learner: Learner, pool: RolloutPool, scorer: Scorer, step: int
     ) -> tuple[Metrics, list[Scored]]:
-        """Metrics ``evaluation/<reward>/...`` and the scored samples of the averaged weights.
-
-        The pool is left with the averaged weights: the caller loads what it wants next.
-        """
-        pool.load(learner.publish(step, averaged=True))
+        """Metrics ``evaluation/<reward>/...`` and the scored samples of the averaged weights."""
+        weights = learner.publish(step, averaged=True)
         gap, plain = (
             self.algorithm.evaluation_plan(self.steps, orders) for orders in (self.gap_orders, 0)
         )
-        return self.measure(pool, scorer, plain, "evaluation", gap)
+        return self.measure(pool, scorer, plain, "evaluation", gap, weights)
 
     def measure(
         self,
@@ -61,10 +58,11 @@ class Evaluation:
         plan: Plan,
         prefix: str,
         gap_plan: Plan | None = None,
+        weights: Any = None,
     ) -> tuple[Metrics, list[Scored]]:
         """Metrics ``<prefix>/<reward>/...`` and the scored samples, drawn by ``plan``.
 
-        ``gap_plan`` is that of the first ``gap_samples``.
+        ``gap_plan`` is that of the first ``gap_samples``; ``weights`` as a pool takes them.
         """
         groups = groups_for(
             self.prompts, seed=self.seed, step=EVALUATION_STEP, count=self.samples, size=1
@@ -73,7 +71,7 @@ class Evaluation:
             gap_plan if gap_plan is not None and i < self.gap_samples else plan
             for i in range(len(groups))
         ]
-        scored = scorer.score(pool.generate(groups, plans), held_out=True)
+        scored = scorer.score(pool.generate(groups, plans, weights), held_out=True)
         metrics: Metrics = {}
         for name in scored[0].scores:
             values = np.concatenate([group.scores[name].values for group in scored])

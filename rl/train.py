@@ -7,7 +7,8 @@
         publish the weights to the rollout workers
         evaluate, checkpoint when due
 
-Everything is a function of (seed, step) and the weights, which is all that a resume needs.
+Everything is a function of (seed, step) and the weights, which is all that a resume needs. What is
+drawn while earlier sets train, and by which weights, is ``rl/ahead.py``'s.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rl.ahead import Ahead, ScheduleConfig
 from rl.algorithm import Algorithm
-from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scorer
+from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scored, Scorer
 from rl.evaluate import Evaluation
 from rl.items import Item
 from rl.metrics import length_metrics
@@ -38,15 +40,31 @@ class Schedule:
     checkpoint_every: int
     weights: dict[str, float]
     dtype: str
+    overlap: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens ``every`` so many steps happens after ``step``."""
         return step % every == 0 or step == self.steps
 
 
+@dataclass(frozen=True)
+class RolloutSet:
+    """All groups of a step, scored; ``asked`` of them were drawn, in this wall time."""
+
+    scored: list[Scored]
+    asked: int
+    rollout_seconds: float
+    reward_seconds: float
+
+
 @dataclass
 class Trainer:
-    """A run in progress; ``learner`` holds the state after ``step`` steps."""
+    """A run in progress; ``learner`` holds the state after ``step`` steps.
+
+    Attributes:
+        weights: the published ones. ``before``: those of the step before, which draw the set at hand
+            where sets are drawn one step ahead.
+    """
 
     schedule: Schedule
     algorithm: Algorithm[Any]
@@ -57,46 +75,78 @@ class Trainer:
     evaluation: Evaluation
     run: Run
     step: int
+    before: Any = None
+    weights: Any = field(default=None, init=False)
     proved: bool = field(default=False, init=False)
 
     def train(self) -> None:
         """Train to the last step, or to the end of the one in which the user interrupts."""
         if self.step == 0:
             self._evaluate()
-        self.pool.load(self.learner.publish(self.step))
-        while self.step < self.schedule.steps and not self.run.interrupted():
-            started = time.perf_counter()
-            steps, metrics = self._rollout_set()
-            metrics |= self._update(steps)
-            self.step += 1
-            synced = time.perf_counter()
-            self.pool.load(self.learner.publish(self.step))
-            done = time.perf_counter()
-            metrics |= {"time/sync": done - synced, "time/step": done - started}
-            self.run.log(self.step, metrics)
-            self._evaluate_and_save()
+        self._publish()
+        overlap = self.schedule.overlap
+        sets = Ahead(self._draw, overlap.ahead, self.step, self.schedule.steps)
+        try:
+            if overlap.pinned and self.before is not None:
+                sets.start(self.step, self.before)
+            while self.step < self.schedule.steps and not self.run.interrupted():
+                started = time.perf_counter()
+                drawn = sets.take(self.step, self.weights)
+                taken = time.perf_counter()
+                steps, metrics = self._optimiser_steps(drawn)
+                metrics |= self._update(steps)
+                self.step += 1
+                synced = time.perf_counter()
+                self.before = self.weights
+                self._publish()
+                done = time.perf_counter()
+                metrics |= {
+                    "time/wait": taken - started,
+                    "time/sync": done - synced,
+                    "time/step": done - started,
+                }
+                self.run.log(self.step, metrics)
+                self._evaluate_and_save()
+        finally:
+            self.pool.cancel()
+            sets.close()
 
-    def _rollout_set(self) -> tuple[list[list[Item]], Metrics]:
+    def _publish(self) -> None:
+        self.weights = self.learner.publish(self.step)
+        self.pool.load(self.weights)
+
+    def _draw(self, step: int, weights: Any) -> RolloutSet:
+        """The set of ``step``: a function of (seed, step) and the weights."""
         s, started = self.schedule, time.perf_counter()
         groups = groups_for(
-            self.prompts, seed=s.seed, step=self.step, count=s.prompts_per_step, size=s.group_size
+            self.prompts, seed=s.seed, step=step, count=s.prompts_per_step, size=s.group_size
         )
-        sampling = _Timed(self.pool.generate(groups, self.algorithm.plans(self.step, groups)))
+        plans = self.algorithm.plans(step, groups)
+        sampling = _Timed(self.pool.generate(groups, plans, weights if s.overlap.pinned else None))
         scored = self.scorer.score(sampling)
+        done = time.perf_counter()
+        return RolloutSet(
+            scored, len(groups), sampling.finished - started, done - sampling.finished
+        )
+
+    def _optimiser_steps(self, drawn: RolloutSet) -> tuple[list[list[Item]], Metrics]:
+        s, scored = self.schedule, drawn.scored
         steps, metrics = optimiser_steps(scored, s.weights, self.algorithm, self.step)
         metrics |= length_metrics("rollout", [group.sample for group in scored])
         metrics |= {
-            "time/rollout": sampling.finished - started,
-            "time/reward": time.perf_counter() - sampling.finished,
+            "time/rollout": drawn.rollout_seconds,
+            "time/reward": drawn.reward_seconds,
             "work/rollout_forwards": float(sum(group.sample.forwards for group in scored)),
             "busy/rollout": sum(group.sample.seconds for group in scored),
             "busy/reward": self.scorer.take_seconds(),
-            "rollout/dropped_groups": float(len(groups) - len(scored)),
+            "rollout/dropped_groups": float(drawn.asked - len(scored)),
         }
         if not self.proved and steps:
             self.proved = True
-            # Weights that lag behind the trained ones agree with them before the first step only.
-            if self.step == 0 or not self.algorithm.lags:
+            # Weights that lag behind the trained ones agree with them before the first step only,
+            # and older weights never do.
+            fresh = all(group.sample.version == self.step for group in scored)
+            if fresh and (self.step == 0 or not self.algorithm.lags):
                 table = self.learner.replay(steps[0])
                 metrics |= self.algorithm.check_drift(table, s.dtype)
         return steps, metrics
@@ -117,7 +167,6 @@ class Trainer:
         s, step = self.schedule, self.step
         if s.due(step, s.evaluate_every):
             self._evaluate()
-            self.pool.load(self.learner.publish(step))
         if s.due(step, s.checkpoint_every) or self.run.interrupted():
             self.run.checkpoint(step)
 

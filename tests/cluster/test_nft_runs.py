@@ -25,6 +25,7 @@ from recipes.source import load
 from rl.catalogue import build_algorithm
 from rl.items import Item
 from rollout.draws import groups_for
+from rollout.flow import FlowPlan
 from rollout.flow_sampler import FlowSampler
 
 Arrays = dict[str, np.ndarray]
@@ -125,6 +126,8 @@ def test_rollouts_come_from_the_old_policy(tmp_path: Path):
         directory = RunDirectory(recipe, tmp_path, [], progress, lambda media: media)
         directory.save = learner.save
         build_trainer(recipe, directory, pool, LocalScorer(recipe), learner, 0).train()
+    groups = groups_for(recipe.prompts.load(), seed=0, step=3, count=1, size=2)
+    list(pool.generate(groups, [FlowPlan()]))
     sampling = to_arrays(pool.worker.policy.trainable())
     assert checksum(sampling) == learner.publish(3).checksum
     assert distance(sampling, trained(learner)) > 1e-5
