@@ -36,8 +36,8 @@ MAX_DROPPED = 0.1
 # How often deadlines and lost actors are looked after.
 TICK = 0.5
 
-# Told of a finished job: the actor's index and its records.
-Finished = Callable[[int, Sequence[Record]], None]
+# Told of a finished job: the actor's index, the groups and their records.
+Finished = Callable[[int, Sequence[Group], Sequence[Record]], None]
 
 
 class Cancelled(RuntimeError):
@@ -266,7 +266,7 @@ class Dispatcher:
         elif isinstance(answer := future.result(), Failed):
             self._not_run(running, answer)
         else:
-            self._told(member.index, answer)
+            self._told(member.index, job.groups, answer)
             problems = [record.problem for record in answer if record.problem is not None]
             found = sampled(job.number, job.groups, answer, running.parts)
             job.call.give(list(found), problems)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorUnavailableError
@@ -26,6 +26,9 @@ QUEUE = 2
 # A lost connection to a living process: after this long the same process is believed again.
 SAME_BOOT_GRACE = 10.0
 STARTING = 0.5  # seconds between two questions to an actor that is starting anew
+
+
+Event = Literal["hung", "lost", "back"]
 
 
 @dataclass(eq=False)
@@ -58,10 +61,10 @@ class Fleet:
     """
 
     def __init__(
-        self, handles: Sequence[Any], config: ClusterConfig, hung: Callable[[Member], object]
+        self, handles: Sequence[Any], config: ClusterConfig, told: Callable[[Member, Event], None]
     ) -> None:
-        """``hung``: told of an actor that is about to be replaced because it gave no answer."""
-        self.config, self._hung = config, hung
+        """``told`` of what happens to an actor; of ``hung`` before its process is ended."""
+        self.config, self._told = config, told
         self.members = [Member(index, handle) for index, handle in enumerate(handles)]
         self.restarts = 0
 
@@ -94,12 +97,13 @@ class Fleet:
         if member.ready:
             logger.warning("rollout actor %d quarantined: %s", member.index, type(error).__name__)
             self.restarts += 1
+            self._told(member, "lost")
             member.ready, member.lost_at, member.probe = False, time.monotonic(), None
 
     def replace(self, member: Member, error: BaseException) -> None:
         """End an actor's process that gives no answer; Ray starts another."""
         if member.ready:
-            self._hung(member)
+            self._told(member, "hung")
         self.quarantine(member, error)
         ray.kill(member.handle, no_restart=False)
 
@@ -122,6 +126,7 @@ class Fleet:
                     health.boot, health.pid, None, True
                 )  # fmt: skip
                 logger.warning("rollout actor %d re-admitted", member.index)
+                self._told(member, "back")
         overdue = time.monotonic() - max((m.lost_at for m in self.members), default=0.0)
         none_ready = not any(member.ready for member in self.members)
         if not self.members or (none_ready and overdue > self.config.start_timeout):

@@ -93,13 +93,14 @@ def run(
 
 def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, log_dir: str) -> None:
     """Actors up one kind after another (loading all at once spikes memory), then train."""
-    pool = RayRolloutPool(recipe, placement, log_dir)
+    timeline = directory.timeline
+    pool = RayRolloutPool(recipe, placement, log_dir, timeline=timeline)
     pool.start()
-    scorer = RayScorer(recipe, log_dir)
+    scorer = RayScorer(recipe, log_dir, timeline)
     scorer.start()
     with contextlib.closing(pool):
         for attempt in range(recipe.cluster.max_restarts + 1):
-            learner = RayLearner(recipe, placement, log_dir)
+            learner = RayLearner(recipe, placement, log_dir, timeline)
             try:
                 learner.start()
                 _train(recipe, directory, pool, scorer, learner)
@@ -196,7 +197,7 @@ def build_trainer(
     """The loop of a recipe over its parts."""
     prompts = recipe.prompts.load()
     rollout, evaluation = recipe.rollout, recipe.evaluation
-    algorithm = build_algorithm(recipe.rl, rollout, recipe.seed)
+    algorithm = build_algorithm(recipe.rl, rollout, recipe.seed, recipe.schedule.stale)
     held_out = prompts if evaluation.prompts is None else evaluation.prompts.load()
     gap = evaluation.gap
     return Trainer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cluster.jobs import AnyItem, place_replays
 from cluster.logs import log_to
 from cluster.ray_cluster import LOST, TIMEOUT, Placement, actor_options, share_of
 from cluster.stacks import keep_stacks
+from cluster.timeline import Timeline
 from cluster.weights import Weights
 from recipes.schema import AnyRecipe, recipe_from_json
 from rl.contracts import Update
@@ -80,9 +82,16 @@ class RankActor:
 class RayLearner:
     """See ``rl.contracts.Learner``."""
 
-    def __init__(self, recipe: AnyRecipe, placement: Placement, log_dir: str) -> None:
+    def __init__(
+        self,
+        recipe: AnyRecipe,
+        placement: Placement,
+        log_dir: str,
+        timeline: Timeline | None = None,
+    ) -> None:
+        """``timeline``: gets what each rank does."""
         self.recipe = recipe
-        self.log_dir = log_dir
+        self.log_dir, self.timeline = log_dir, timeline
         learner, colocated = recipe.learner, recipe.cluster.colocated
         actor: Any = ray.remote(RankActor)
         self.ranks: list[Any] = [
@@ -113,10 +122,14 @@ class RayLearner:
         shares = [share(items, len(self.ranks)) for items in steps]
         counts = [micro_steps(parts, size) for parts in shares]
         calls: list[Any] = []
+        began = time.time()
         for index, rank in enumerate(self.ranks):
             placed, replays = place_replays([parts[index] for parts in shares])
             calls.append(rank.update.remote(placed, counts, *replays))
         parts: list[Update] = self._get(calls, self.recipe.cluster.job_timeout)
+        if self.timeline is not None:
+            for index, part in enumerate(parts):
+                self.timeline.span(f"learner-{index}", "update", began, part.seconds[0])
         return Update(
             table=_join([part.table for part in parts]),
             grad_norms=parts[0].grad_norms,

@@ -37,6 +37,8 @@ from rollout.draws import Group
 class LocalRolloutPool:
     """One rollout worker in this process."""
 
+    restarts = 0
+
     def __init__(self, recipe: AnyRecipe) -> None:
         threads = torch.get_num_threads()
         self._hold(RolloutWorker(recipe.model_dump_json(), "cpu", threads), recipe.rollout)

@@ -39,7 +39,9 @@ class LearnerRank:
         self.rank = rank
         reference = recipe.rl.kl_coefficient > 0
         self.policy = recipe.policy.build(device, recipe.seed, reference)
-        self.algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+        self.algorithm = build_algorithm(
+            recipe.rl, recipe.rollout, recipe.seed, recipe.schedule.stale
+        )
         module: Any = ObjectiveModule(self.policy, self.algorithm)
         self.engine = build_engine(engine, module, recipe.optimizer, recipe.learner)
         total = recipe.steps * recipe.rl.epochs * recipe.rl.minibatches
@@ -83,10 +85,14 @@ class LearnerRank:
 
     @torch.no_grad()
     def replay(self, items: Sequence[Item], count: int, *replays: Any) -> dict[str, Any]:
-        """The table of ``items`` under the present weights, which are then the old ones too."""
+        """The table of ``items`` under the present weights, which are then the old ones too.
+
+        Where rollouts came with their own old scores these are kept: ratios show what workers and
+        ranks differ by.
+        """
         tables: list[Table] = []
         for batch in self._batches(items, count, replays):
-            if self.algorithm.needs_old:
+            if self.algorithm.needs_old and not self.algorithm.records_old:
                 batch = replace(batch, old=self.engine.forward(batch, scores=True))
             tables.append(self.engine.forward(batch)[1])
         return join_tables(tables)
@@ -97,9 +103,11 @@ class LearnerRank:
     ) -> Iterator[Tensor] | None:
         """Scores of all micro-batches before the first optimiser step, where they are compared.
 
-        On-policy the present scores are the old ones, and none are computed.
+        On-policy the present scores are the old ones, and none are computed; nor where the rollouts
+        came with them.
         """
-        if not self.algorithm.needs_old or self.recipe.rl.on_policy:
+        algorithm = self.algorithm
+        if not algorithm.needs_old or algorithm.on_policy or algorithm.records_old:
             return None
         return iter(
             [

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +23,7 @@ from ray.exceptions import ObjectLostError
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
 from cluster.stacks import keep_stacks
+from cluster.timeline import Timeline
 from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
 from rewards.calling import Failure, RewardFailed, Scores
@@ -39,29 +44,36 @@ class _Served:
     replicas: list[Any]
     calls: int = 0
 
-    def next(self) -> Any:
+    def next(self) -> int:
         """A replica, in turn."""
         self.calls += 1
-        return self.replicas[self.calls % len(self.replicas)]
+        return self.calls % len(self.replicas)
+
+    def track(self, replica: int) -> str:
+        """Its name in logs."""
+        return f"reward-{reward_name(self.config)}-{replica}"
 
 
 @dataclass(frozen=True)
 class _Call:
     served: _Served
-    replica: Any
+    replica: int
     answer: Any
 
 
 class RayScorer:
     """See ``rl.contracts.Scorer``."""
 
-    def __init__(self, recipe: AnyRecipe, log_dir: str) -> None:
+    def __init__(self, recipe: AnyRecipe, log_dir: str, timeline: Timeline | None = None) -> None:
+        """``timeline``: gets what each actor does."""
+        self.log_dir, self.timeline = log_dir, timeline
         self.training = [self._serve(recipe, config, log_dir) for config in recipe.rewards]
         self.held_out = [
             self._serve(recipe, config, log_dir) for config in recipe.evaluation.rewards
         ]
-        self.start_timeout, self.log_dir = recipe.cluster.start_timeout, log_dir
+        self.start_timeout = recipe.cluster.start_timeout
         self.seconds = 0.0
+        self._counting = threading.Lock()
 
     def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
@@ -113,7 +125,8 @@ class RayScorer:
 
         def ask(one: _Served) -> _Call:
             replica = one.next()
-            return _Call(one, replica, replica.describe.remote(prompts, columns, *media))
+            answer = one.replicas[replica].describe.remote(prompts, columns, *media)
+            return _Call(one, replica, answer)
 
         metrics: Metrics = {}
         for call in [ask(one) for one in [*self.training, *self.held_out]]:
@@ -136,14 +149,26 @@ class RayScorer:
 
     def take_seconds(self) -> float:
         """See ``rl.contracts.Scorer``."""
-        seconds, self.seconds = self.seconds, 0.0
+        with self._counting:
+            seconds, self.seconds = self.seconds, 0.0
         return seconds
 
     def _submit(self, served: _Served, chunk: Sequence[Sampled]) -> _Call:
         prompts, columns = chunk_columns(chunk)
         replica = served.next()
-        answer = replica.score.remote(prompts, columns, *[sample.media for sample in chunk])
+        media = [sample.media for sample in chunk]
+        answer = served.replicas[replica].score.remote(prompts, columns, *media)
+        answer.future().add_done_callback(partial(self._scored, served.track(replica)))
         return _Call(served, replica, answer)
+
+    def _scored(self, track: str, answer: Future[tuple[Scores, float]]) -> None:
+        """When an answer arrives; it may be taken later."""
+        if answer.exception() is None:
+            seconds = answer.result()[1]
+            with self._counting:
+                self.seconds += seconds
+            if self.timeline is not None:
+                self.timeline.span(track, "score", time.time() - seconds, seconds)
 
     def _answer(self, call: _Call, repeat: Callable[[], _Call]) -> Any:
         """What an actor answers; one that hangs is replaced, and the call repeated.
@@ -156,11 +181,11 @@ class RayScorer:
             try:
                 return ray.get(call.answer, timeout=config.deadline)
             except TIMEOUT:
-                name = f"reward-{reward_name(config)}"
-                logger.warning("%s: attempt %d: no answer in time", name, attempt + 1)
-                index = call.served.replicas.index(call.replica)
-                keep_stacks({f"{name}-{index}": call.replica}, self.log_dir)
-                ray.kill(call.replica, no_restart=False)
+                track = call.served.track(call.replica)
+                logger.warning("%s: attempt %d: no answer in time", track, attempt + 1)
+                replica = call.served.replicas[call.replica]
+                keep_stacks({track: replica}, self.log_dir)
+                ray.kill(replica, no_restart=False)
                 if attempt == config.retries:
                     raise
             call = repeat()
@@ -175,9 +200,7 @@ class RayScorer:
         config = call.served.config
         reason: Literal["deadline", "worker_died"] = "deadline"
         try:
-            scores, seconds = self._answer(call, lambda: self._submit(call.served, chunk))
-            self.seconds += seconds
-            return scores
+            return self._answer(call, lambda: self._submit(call.served, chunk))[0]
         except ObjectLostError:
             raise
         except TIMEOUT:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from cluster.dispatch import Dispatcher
-from cluster.fleet import Fleet
+from cluster.fleet import Event, Fleet, Member
 from cluster.ray_cluster import Placement, actor_options, share_of
 from cluster.stacks import keep_stacks
+from cluster.timeline import Timeline
 from cluster.weights import Weights
-from cluster.workers import Health, RolloutWorker
+from cluster.workers import Health, Record, RolloutWorker
 from recipes.schema import AnyRecipe
 from rl.contracts import Plan, Sampled
 from rl.tilt import Score
-from rollout.draws import Group
+from rollout.draws import EVALUATION_STEP, Group
 
 
 class RayRolloutPool:
@@ -28,8 +30,10 @@ class RayRolloutPool:
         placement: Placement,
         log_dir: str,
         served: Mapping[str, Score] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
-        """``served``: see ``RolloutWorker``."""
+        """``served``: see ``RolloutWorker``. ``timeline``: gets what each actor does."""
+        self.log_dir, self.timeline = log_dir, timeline
         workers, colocated = recipe.workers, recipe.cluster.colocated
         remote: Any = ray.remote  # its stubs know no concurrency_groups
         actor = remote(concurrency_groups={"health": 1})(RolloutWorker)
@@ -53,14 +57,15 @@ class RayRolloutPool:
             )
             for index, bundle in enumerate(placement.workers)
         ]
-        self.fleet = Fleet(
-            handles,
-            recipe.cluster,
-            lambda member: keep_stacks({f"rollout-{member.index}": member.handle}, log_dir),
-        )
+        self.fleet = Fleet(handles, recipe.cluster, self._told)
         self.dispatcher = Dispatcher(
-            self.fleet, recipe.rollout.batch_size, recipe.cluster.job_timeout, lambda i, r: None
+            self.fleet, recipe.rollout.batch_size, recipe.cluster.job_timeout, self._sampled
         )
+
+    @property
+    def restarts(self) -> int:
+        """See ``rl.contracts.RolloutPool``."""
+        return self.fleet.restarts
 
     def start(self) -> list[Health]:
         """Wait until every worker answers, then take calls.
@@ -89,3 +94,24 @@ class RayRolloutPool:
     def close(self) -> None:
         """Take no more calls."""
         self.dispatcher.close()
+
+    def _told(self, member: Member, event: Event) -> None:
+        name = f"rollout-{member.index}"
+        if event == "hung":
+            keep_stacks({name: member.handle}, self.log_dir)
+        if self.timeline is not None:
+            self.timeline.instant(name, event, time.time())
+
+    def _sampled(self, index: int, groups: Sequence[Group], records: Sequence[Record]) -> None:
+        if self.timeline is not None:
+            seconds = sum(record.seconds for record in records)
+            step = "evaluation" if groups[0].step == EVALUATION_STEP else groups[0].step
+            self.timeline.span(
+                f"rollout-{index}",
+                "generate",
+                records[0].started,
+                seconds,
+                step=step,
+                groups=len(groups),
+                version=records[0].version,
+            )

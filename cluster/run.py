@@ -80,8 +80,7 @@ class RunDirectory:
         self._add_costs(metrics)
         metrics |= {f"cost/{name}": total for name, total in self.costs.items()}
         self._write("train", step, metrics)
-        self.timeline.instant("driver", "step", time.time(), step=step)
-        self.timeline.flush()
+        self._trace(step, metrics)
         self.progress.step(step, metrics)
 
     def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
@@ -90,6 +89,8 @@ class RunDirectory:
         if learns_from_itself(self.recipe):
             media = [self.fetch(group.sample.media) for group in scored]
             metrics |= recursion_metrics(self.path / "evaluation", media)
+        seconds = metrics["time/evaluate"]
+        self.timeline.span("driver", "evaluate", time.time() - seconds, seconds, step=step)
         self._add_costs(metrics)
         self._write("evaluation", step, metrics)
         document = {
@@ -127,7 +128,9 @@ class RunDirectory:
         checkpoints.prune(root, self.recipe.checkpoints.keep_last, self.best and self.best[1])
         self.last_saved = step
         self.metrics.sync()
-        logger.info("checkpoint of step %d in %.2f s", step, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.timeline.span("driver", "checkpoint", time.time() - seconds, seconds, step=step)
+        logger.info("checkpoint of step %d in %.2f s", step, seconds)
 
     def interrupted(self) -> bool:
         """See ``rl.contracts.Run``."""
@@ -183,6 +186,18 @@ class RunDirectory:
         self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+    def _trace(self, step: int, metrics: Metrics) -> None:
+        """The driver's own part of a step that ends now, in the order of the loop."""
+        end = time.time()
+        at = end - metrics["time/step"]
+        for name in ("wait", "learn"):
+            seconds = metrics.get(f"time/{name}", 0.0)
+            self.timeline.span("driver", name, at, seconds, step=step)
+            at += seconds
+        sync = metrics.get("time/sync", 0.0)
+        self.timeline.span("driver", "sync", end - sync, sync, step=step)
+        self.timeline.flush()
 
     def _samples(self, metrics: Metrics) -> float:
         """Of the step, less those of dropped groups."""

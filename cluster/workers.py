@@ -17,11 +17,13 @@ from cluster.guided import Guide
 from cluster.logs import log_to
 from cluster.weights import Weights, bind
 from distill.catalogue import PairSampler, build_student, build_teacher
+from recipes.derived import text_algorithm
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe, recipe_from_json
 from rewards.catalogue import RewardConfig
 from rewards.serving import RewardServer
 from rl.contracts import GuidancePlan, Plan
 from rl.gap import variational_gap
+from rl.old_scores import with_old
 from rl.sft import given
 from rl.tilt import Score
 from rollout.draws import Group
@@ -151,6 +153,10 @@ class RolloutWorker:
             rollouts = given(self.sampler, groups, plan.given)
         else:
             rollouts = self.sampler.sample(groups, plans)
+        if isinstance(plan, DecodePlan) and plan.passes:
+            assert isinstance(self.recipe, Recipe)
+            algorithm, size = text_algorithm(self.recipe), self.recipe.learner.micro_batch
+            rollouts = with_old(algorithm, self.policy, rollouts, plan.passes, size)  # pyright: ignore[reportArgumentType]
         return rollouts, [self._facts(r, p) for r, p in zip(rollouts, plans, strict=True)]
 
     def _single(self, group: Group, plan: Plan) -> tuple[Rollout | str, Facts]:

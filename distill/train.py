@@ -95,6 +95,7 @@ class Distiller:
             items, (forwards, seconds) = self.teacher.take(self.step)
             waited = time.perf_counter()
             metrics = {
+                "time/wait": waited - started,
                 "time/rollout": waited - started,
                 "work/rollout_forwards": float(forwards),
                 "busy/rollout": seconds,

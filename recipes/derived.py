@@ -40,6 +40,7 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
     if isinstance(recipe, DistillRecipe):
         return {**distilled(recipe), **_everywhere(recipe)}
     rollout, rl, ranks = recipe.rollout, recipe.rl, recipe.learner.ranks
+    stale = recipe.schedule.stale
     samples = rollout.prompts_per_step * rollout.group_size
     steps = rl.epochs * rl.minibatches
     jobs = -(-rollout.prompts_per_step // (rollout.batch_size // rollout.group_size))
@@ -48,7 +49,7 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
         "optimiser steps": f"{steps} per rollout set, {steps * recipe.steps} in all"
         + (
             " (on-policy: the ratio is 1)"
-            if rl.on_policy and not isinstance(rl, NFTConfig | SFTConfig)
+            if rl.on_policy and not stale and not isinstance(rl, NFTConfig | SFTConfig)
             else ""
         ),
         "groups per optimiser step": f"{rollout.prompts_per_step // rl.minibatches}, "
@@ -57,6 +58,8 @@ def derived(recipe: AnyRecipe) -> dict[str, str]:
         **_sampling(recipe),
         **_everywhere(recipe),
     }
+    if stale:
+        numbers["rollouts of older weights"] = _correction(recipe)
     if rl.dipod is not None and rl.dipod.form == "alternating":
         numbers["distillation"] = (
             f"every {rl.dipod.every}th step, {rl.dipod.steps} optimiser steps instead"
@@ -74,6 +77,19 @@ def _everywhere(recipe: AnyRecipe) -> dict[str, str]:
         f"(this machine has {os.cpu_count()} CPU)",
         "run directory": str(Path(recipe.run_dir) / recipe.name),
     }
+
+
+def _correction(recipe: Recipe) -> str:
+    """What the objective does about weights that are newer than those that sampled."""
+    if isinstance(recipe.rl, GRPOConfig):
+        return "clipped ratio to the weights that sampled, from the rollout's log-probabilities"
+    if isinstance(recipe.rl, TextSettings) and text_algorithm(recipe).records_old:
+        forwards = text_algorithm(recipe).draws * recipe.rl.epochs
+        return (
+            "clipped ratio to the weights that sampled, for which workers evaluate a completion "
+            f"{forwards} more times"
+        )
+    return f"not corrected: {recipe.rl.kind} has no ratio"
 
 
 def _sampling(recipe: Recipe) -> dict[str, str]:
@@ -102,7 +118,8 @@ def _sampling(recipe: Recipe) -> dict[str, str]:
 
 def text_algorithm(recipe: Recipe) -> TextAlgorithm:
     """The algorithm of a recipe on text."""
-    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed)
+    stale = recipe.schedule.stale
+    algorithm = build_algorithm(recipe.rl, recipe.rollout, recipe.seed, stale)
     assert isinstance(algorithm, TextAlgorithm)
     return algorithm
 

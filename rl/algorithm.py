@@ -54,17 +54,31 @@ class Algorithm(ABC, Generic[Settings]):
 
     Attributes:
         config: its options.
-        needs_old: the objective compares with scores under the weights at the start of the update,
-            which a rank computes before the first optimiser step (``scores``).
+        stale: what trains may be newer than what sampled (``build_algorithm``). A ratio is then always
+            that to the weights that sampled.
+        needs_old: the objective compares with scores under older weights (``scores``): those at the
+            start of the update, which a rank computes before the first optimiser step, or with
+            ``stale`` those that sampled, which the worker computes right after sampling.
         lags: rollouts are drawn by weights that follow the trained ones, one step of an average
             (``old_decay``) after each rollout set.
         constant_groups: a group of equal rewards has a gradient of its own.
     """
 
     config: Settings
+    stale = False
     needs_old = False
     lags = False
     constant_groups = False
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every rollout is used once, by the very weights that sampled it."""
+        return self.config.on_policy and not self.stale
+
+    @property
+    def records_old(self) -> bool:
+        """Whether rollouts come with the scores that the objective compares with."""
+        return self.needs_old and self.stale
 
     @abstractmethod
     def plans(self, step: int, groups: Sequence[Group]) -> Sequence[Plan]:
@@ -109,7 +123,7 @@ class Algorithm(ABC, Generic[Settings]):
         """The micro-batch's part of the loss, and a row of the table for each of its rows."""
 
     def scores(self, policy: Any, batch: Any) -> Tensor:
-        """What ``loss`` compares with, under the present weights; only with ``needs_old``."""
+        """What ``loss`` compares with, under the policy's weights; only with ``needs_old``."""
         raise NotImplementedError
 
     def old_decay(self, steps: int) -> float:

@@ -33,17 +33,23 @@ def build_algorithm(
     config: FlowAlgorithmConfig | TextAlgorithmConfig,
     sampler: FlowSamplerConfig | MaskedSamplerConfig,
     seed: int,
+    stale: bool = False,
 ) -> Algorithm[Any]:
     """The algorithm of a config with a sampler of its kind.
+
+    ``stale``: rollouts may be trained on by newer weights than sampled them (``schedule.mode``).
 
     Raises:
         ValueError: an algorithm on flows with a text sampler, or the other way round.
     """
     if isinstance(config, FlowAlgorithmConfig) and isinstance(sampler, FlowSamplerConfig):
-        return _on_flows(config, sampler, seed)
-    if isinstance(config, TextSettings) and isinstance(sampler, MaskedSamplerConfig):
-        return _on_text(config, sampler, seed)
-    raise ValueError(f"rl.kind {config.kind} does not go with rollout.kind {sampler.kind}")
+        algorithm = _on_flows(config, sampler, seed)
+    elif isinstance(config, TextSettings) and isinstance(sampler, MaskedSamplerConfig):
+        algorithm = _on_text(config, sampler, seed)
+    else:
+        raise ValueError(f"rl.kind {config.kind} does not go with rollout.kind {sampler.kind}")
+    algorithm.stale = stale
+    return algorithm
 
 
 def _on_flows(config: FlowAlgorithmConfig, sampler: FlowSamplerConfig, seed: int) -> Algorithm[Any]:

@@ -86,6 +86,11 @@ class Update:
 class RolloutPool(Protocol):
     """Workers that sample groups."""
 
+    @property
+    def restarts(self) -> int:
+        """How often a worker was lost or replaced."""
+        ...
+
     def generate(
         self, groups: Sequence[Group], plans: Sequence[Plan], weights: Any = None
     ) -> Iterator[Sampled]:

@@ -47,6 +47,7 @@ class DiffuGRPO(TextAlgorithm):
     def __init__(self, config: DiffuGRPOConfig, sampler: MaskedSamplerConfig, seed: int) -> None:
         super().__init__(config, sampler, seed)
         self.diffu = config
+        self.clip_range = config.clip_range
 
     def masks(self, completions: Completions, member: int, generator: torch.Generator) -> Masks:
         """The whole completion."""
@@ -59,7 +60,7 @@ class DiffuGRPO(TextAlgorithm):
     ) -> tuple[Tensor, Table]:
         """Means over tokens; the share of a completion is its length."""
         advantages = batch.advantages[:, None, None]
-        losses, ratio, outside = clipped(log_probs - old, advantages, self.diffu.clip_range)
+        losses, ratio, outside = clipped(log_probs - old, advantages, self.clip_range)
         table: Table = {
             "ratio": per_token_mean(ratio, batch.scored),
             "clipped": per_token_mean(outside.float(), batch.scored),

@@ -41,6 +41,7 @@ class ESPO(TextAlgorithm):
     def __init__(self, config: ESPOConfig, sampler: MaskedSamplerConfig, seed: int) -> None:
         super().__init__(config, sampler, seed)
         self.espo = config
+        self.clip_range = config.clip_range
         self.draws = config.draws
 
     def masks(self, completions: Completions, member: int, generator: torch.Generator) -> Masks:
@@ -54,7 +55,7 @@ class ESPO(TextAlgorithm):
         """Per completion."""
         present = elbo(log_probs, batch.scale)
         log_ratio = (present - elbo(old, batch.scale)) / batch.lengths
-        losses, ratio, outside = clipped(log_ratio, batch.advantages, self.espo.clip_range)
+        losses, ratio, outside = clipped(log_ratio, batch.advantages, self.clip_range)
         table: Table = {"ratio": ratio, "clipped": outside.float()}
         if reference is not None:
             difference = present - elbo(reference, batch.scale)

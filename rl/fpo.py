@@ -40,6 +40,7 @@ class FPO(TextAlgorithm):
     def __init__(self, config: FPOConfig, sampler: MaskedSamplerConfig, seed: int) -> None:
         super().__init__(config, sampler, seed)
         self.fpo = config
+        self.clip_range = config.clip_range
         self.draws = config.draws
 
     def masks(self, completions: Completions, member: int, generator: torch.Generator) -> Masks:
@@ -53,7 +54,7 @@ class FPO(TextAlgorithm):
         """Per completion."""
         present = elbo(log_probs, batch.scale)
         log_ratio = present - elbo(old, batch.scale)
-        losses, ratio, outside = clipped(log_ratio, batch.advantages, self.fpo.clip_range)
+        losses, ratio, outside = clipped(log_ratio, batch.advantages, self.clip_range)
         table: Table = {"ratio": ratio, "clipped": outside.float()}
         if reference is not None:
             table["kl"] = 0.5 * (present - elbo(reference, batch.scale)).square()

@@ -94,7 +94,7 @@ class GRPO(Algorithm[GRPOConfig]):
             guidance_scale=self.guidance_scale,
             clip_range=self.config.clip_range,
             kl_coefficient=self.config.kl_coefficient,
-            on_policy=self.config.on_policy,
+            on_policy=self.on_policy,
         )
         if self.config.dipod is not None:
             # The guided velocity is the policy: it is what made the samples.

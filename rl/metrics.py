@@ -78,6 +78,18 @@ def length_metrics(prefix: str, samples: Sequence[Sampled]) -> Metrics:
     }
 
 
+def staleness_metrics(samples: Sequence[Sampled], step: int) -> Metrics:
+    """How many versions the weights that train, of version ``step``, are ahead of those that sampled;
+    over groups, nothing without any."""
+    if not samples:
+        return {}
+    ages = np.array([step - sample.version for sample in samples])
+    return {
+        "rollout/staleness_mean": float(ages.mean()),
+        "rollout/staleness_max": float(ages.max()),
+    }
+
+
 class DriftError(RuntimeError):
     """Sampler and learner disagree before anything was trained."""
 

@@ -13,8 +13,10 @@ decides where r saturates. n counts optimiser steps of the run, as in the releas
 
 theta_old is what samples, so the sampler also evaluates v_old, at states that it and the learner draw
 from the sample's seed (``rollout.flow.noised_states``). The learner's ranks hold no second network;
-a sample takes ``draws * epochs + 1`` latents in the rollout set. Times are the sigmas of the sampling
-grid, the only ones at which the policy is used; the release takes all of them for every sample.
+a sample takes ``draws * epochs + 1`` latents in the rollout set. A rollout that waits (``schedule``)
+keeps the v_old of the weights that drew it; there is no ratio to correct. Times are the sigmas of the
+sampling grid, the only ones at which the policy is used; the release takes all of them for every
+sample.
 
 Guidance: a guided velocity is the policy here as in the GRPO family (it made the samples), on all
 sides of the loss. The paper trains and samples without, ``rollout.guidance_scale: 1``.

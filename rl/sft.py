@@ -12,6 +12,8 @@ that does not fit is refused, not cut: a cut one would teach to stop anywhere.
 
 With ``minimum_reward`` only completions that score so much are trained on, the others are masked:
 rejection sampling fine-tuning on a file of several answers for each prompt.
+
+No weights draw anything, so no rollout is ever older than what trains (``schedule``).
 """
 
 from __future__ import annotations

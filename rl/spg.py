@@ -7,8 +7,9 @@
 
 What is to become likelier is raised by a lower bound; what is to become unlikelier is pushed down by
 something that lies above. No ratio, no clip, no KL: a rollout set is used mu times with new masks in
-every pass. ``negatives`` are the paper's variants: mix (omega), eubo (omega = 1), elbo (omega = 0), and
-zero (negatives dropped). EUBO with b < L is a surrogate of an upper bound, see ``rl/bounds.py``.
+every pass, and one that older weights drew (``schedule``) as it is. ``negatives`` are the paper's
+variants: mix (omega), eubo (omega = 1), elbo (omega = 0), and zero (negatives dropped). EUBO with b < L
+is a surrogate of an upper bound, see ``rl/bounds.py``.
 """
 
 from __future__ import annotations

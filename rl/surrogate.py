@@ -45,6 +45,7 @@ def clipped_surrogate(
         kl_coefficient: beta; 0 computes no reference.
         on_policy: nothing was updated since sampling, hence rho is 1 by definition and only its
             gradient matters; the table still reports the ratio against the stored log-probability.
+            Else rho is that ratio, to the weights that sampled, however old they are.
     """
     node_mean, node_std = sde_step(batch.x, velocity, batch.sigma, batch.sigma_next, batch.g)
     mean, std = node_mean[batch.node], node_std[batch.node]

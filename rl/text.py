@@ -43,9 +43,11 @@ class TextAlgorithm(Algorithm[TextSettings]):
         draws: masked inputs per completion that the objective scores.
         bounded: whether these estimate the ELBO.
         per_token: a completion weighs in the loss by its length (L_j / sum L), else all weigh 1/N.
+        clip_range: c of the ratio, where there is one.
     """
 
     draws: int
+    clip_range: float
     bounded = True
     per_token = True
 
@@ -65,14 +67,16 @@ class TextAlgorithm(Algorithm[TextSettings]):
         """The loss of each completion (n,), and columns of the table.
 
         Args:
-            log_probs: (n, draws, G), 0 where not scored; ``old``: at the start of the update;
-                ``reference``: before any training, where there is a KL.
+            log_probs: (n, draws, G), 0 where not scored; ``old``: at the start of the update, or
+                when sampled; ``reference``: before any training, where there is a KL.
             batch: scored places, scales, lengths and advantages, (n, draws, ...).
         """
 
     def plans(self, step: int, groups: Sequence[Group]) -> list[DecodePlan]:
-        """All alike: the recipe's decoding."""
-        return [DecodePlan()] * len(groups)
+        """All alike: the recipe's decoding; and scores of its weights, if these are compared with."""
+        dipod = self.config.dipod
+        compares = self.records_old and (dipod is None or not dipod.distils(step))
+        return [DecodePlan(passes=self.config.epochs if compares else 0)] * len(groups)
 
     def evaluation_plan(self, steps: int | None, orders: int = 0) -> DecodePlan:
         """Temperature 0, without cache or threshold."""
@@ -101,7 +105,7 @@ class TextAlgorithm(Algorithm[TextSettings]):
         return loss, {name: column[scored] for name, column in table.items()}
 
     def scores(self, policy: MaskedDiffusionPolicy, batch: TextBatch) -> Tensor:
-        """Log-probabilities (n, draws, G) under the present weights."""
+        """Log-probabilities (n, draws, G) under the policy's weights."""
         return token_log_probs(policy, self._own(batch))
 
     def shares(self, samples: Sequence[Sampled], valid: np.ndarray) -> np.ndarray:
@@ -142,7 +146,10 @@ class TextAlgorithm(Algorithm[TextSettings]):
 
     def check_drift(self, table: Mapping[str, np.ndarray], dtype: str) -> Metrics:
         """The first ratio is 1, where the objective has one."""
-        return check_drift(table, 0.01, dtype) if "ratio" in table else {}
+        if "ratio" not in table:
+            return {}
+        # A rank's own old scores are its present ones to the bit; a worker's differ by rounding.
+        return check_drift(table, self.clip_range if self.stale else 0.01, dtype)
 
     def _all_masks(
         self, completions: Completions, member: int, generator: torch.Generator

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +28,7 @@ class TextBatch:
     Shapes: ``tokens`` (n, d, P + G) with masks, left-padded; ``attention_mask`` (n, P + G) or None;
     ``scored`` (n, d, G); ``scale`` (n, d), see ``rl/bounds.py``; ``targets`` (n, G); ``lengths``,
     ``advantages``, ``weights``, ``distillation`` (n,); ``old`` (n, d, G), log-probabilities under the
-    weights at the start of the update, where the objective compares with them.
+    weights at the start of the update or those that sampled, where the objective compares with them.
     """
 
     tokens: Tensor
@@ -113,6 +114,9 @@ def _batch(
         "lengths": torch.tensor([float(c.lengths[j]) for _, c, j in part]),
         **numbers,
     }
+    # Groups of one rollout set have one plan: all come with scores, or none does.
+    if old := [c.old[item.epoch, j] for item, c, j in part if c.old is not None]:
+        tensors["old"] = torch.from_numpy(np.stack(old))
     placed = {name: tensor.to(policy.device) for name, tensor in tensors.items()}
     return TextBatch(attention_mask=attention_mask, **placed)
 

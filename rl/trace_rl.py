@@ -41,6 +41,7 @@ class TraceRL(TextAlgorithm):
     def __init__(self, config: TraceRLConfig, sampler: MaskedSamplerConfig, seed: int) -> None:
         super().__init__(config, sampler, seed)
         self.trace = config
+        self.clip_range = config.clip_range
         self.draws = config.segments
 
     def masks(self, completions: Completions, member: int, generator: torch.Generator) -> Masks:
@@ -64,7 +65,7 @@ class TraceRL(TextAlgorithm):
     ) -> tuple[Tensor, Table]:
         """Means over tokens; the share of a completion is its length."""
         advantages = batch.advantages[:, None, None]
-        losses, ratio, outside = clipped(log_probs - old, advantages, self.trace.clip_range)
+        losses, ratio, outside = clipped(log_probs - old, advantages, self.clip_range)
         table: Table = {
             "ratio": per_token_mean(ratio, batch.scored),
             "clipped": per_token_mean(outside.float(), batch.scored),

@@ -23,7 +23,7 @@ from rl.algorithm import Algorithm
 from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scored, Scorer
 from rl.evaluate import Evaluation
 from rl.items import Item
-from rl.metrics import length_metrics
+from rl.metrics import length_metrics, staleness_metrics
 from rl.rollout_set import optimiser_steps
 from rollout.draws import Prompt, groups_for
 
@@ -140,7 +140,10 @@ class Trainer:
             "busy/rollout": sum(group.sample.seconds for group in scored),
             "busy/reward": self.scorer.take_seconds(),
             "rollout/dropped_groups": float(drawn.asked - len(scored)),
+            "rollout/restarts": float(self.pool.restarts),
         }
+        if s.overlap.stale:
+            metrics |= staleness_metrics([group.sample for group in scored], self.step)
         if not self.proved and steps:
             self.proved = True
             # Weights that lag behind the trained ones agree with them before the first step only,

@@ -4,7 +4,8 @@
     loss = -mean over groups of sum_j (w+_j - w-_j) log p_j / L_j
 
 log p_j is diffu-GRPO's estimate: one forward, completion masked, part of the prompt hidden. With no
-ratio there is nothing to compare with, hence no old or reference forward.
+ratio there is nothing to compare with, hence no old or reference forward; and rollouts that older
+weights drew (``schedule``) are used as they are.
 """
 
 from __future__ import annotations

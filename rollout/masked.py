@@ -85,6 +85,7 @@ class DecodePlan:
         exact: without cache or threshold, whatever the recipe says.
         orders: estimate the variational gap of the samples from so many orders (0: don't).
         given: decode nothing: the text to take instead, columns in braces (``rl/sft.py``).
+        passes: score the samples for so many passes over them (``rl/old_scores.py``; 0: don't).
     """
 
     steps: int | None = None
@@ -92,6 +93,7 @@ class DecodePlan:
     exact: bool = False
     orders: int = 0
     given: str | None = None
+    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Completions:
         lengths: int64 (size,), through the first EOS; the whole length where there is none.
         decode_step: int16 (size, length), the step that committed a token; -1 after the first EOS.
         seeds: int64 (size,), the draws' own: masks are keyed by them.
+        old: fp32 (passes, size, draws, length), scores by the weights that sampled, if planned.
     """
 
     prompt: np.ndarray
@@ -111,6 +114,7 @@ class Completions:
     lengths: np.ndarray
     decode_step: np.ndarray
     seeds: np.ndarray
+    old: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,15 @@ def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 def numbers(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Rows without what a clock decides."""
-    timed = ("time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "drift/")
+    timed = (
+        "time",
+        "busy/",
+        "idle/",
+        "cost/seconds",
+        "cost/actor_seconds",
+        "drift/",
+        "rollout/restarts",
+    )
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(run, kind)]
 
 

@@ -31,7 +31,7 @@ from rl.text_batches import Masking, TextBatch, text_batches
 from rl.trace_rl import TraceRLConfig
 from rl.wd1 import WD1Config
 from rollout.draws import Prompt, groups_for
-from rollout.masked import Completions, MaskedSamplerConfig, TextSummary
+from rollout.masked import Completions, MaskedRollout, MaskedSamplerConfig, TextSummary
 from rollout.policies.base import MaskedDiffusionPolicy
 from rollout.policies.llada.configuration import LLaDAConfig
 from rollout.policies.llada.modeling import LLaDAModelLM
@@ -231,9 +231,11 @@ def sampler_of(length: int, block_length: int | None = None, **options: Any) -> 
     return MaskedSamplerConfig(length=length, block_length=block_length or length, **options)
 
 
-def build(config: TextSettings, length: int = WINDOW, block: int = 2) -> TextAlgorithm:
+def build(
+    config: TextSettings, length: int = WINDOW, block: int = 2, stale: bool = False
+) -> TextAlgorithm:
     """The algorithm of a config, decoding in blocks."""
-    algorithm = build_algorithm(config, sampler_of(length, block), seed=0)  # pyright: ignore[reportArgumentType]
+    algorithm = build_algorithm(config, sampler_of(length, block), 0, stale)  # pyright: ignore[reportArgumentType]
     assert isinstance(algorithm, TextAlgorithm)
     return algorithm
 
@@ -250,6 +252,15 @@ def text_groups(policy: LladaPolicy, count: int = 4, size: int = 3) -> list[Comp
         made = completions(tokens, lengths.tolist(), seed=g)
         groups.append(replace(made, prompt=rng.integers(20, 300, size=3 + 2 * g)))
     return groups
+
+
+def text_rollouts(policy: LladaPolicy) -> list[MaskedRollout]:
+    """The groups above as they leave a sampler that took 5 forwards for each."""
+    replays = text_groups(policy)
+    return [
+        MaskedRollout(s.sample.group, c, [], 5, TextSummary(tuple(c.lengths.tolist()), 0))
+        for s, c in zip(scored_groups(replays, REWARDS), replays, strict=True)
+    ]
 
 
 def items_of(
