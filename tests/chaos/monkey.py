@@ -16,9 +16,10 @@ from typing import Any
 from arena import LONG, Arena, wait_for
 
 KINDS = ("rollout", "reward", "learner", "node", "driver")
-# What a clock decides, and what a resumed run proves anew.
+# What a clock decides, what the monkey did, and what a resumed run proves anew.
 TIMED = (
-    "time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "cost/gpu_seconds", "drift/",
+    "time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "cost/gpu_seconds",
+    "rollout/restarts", "drift/",
 )  # fmt: skip
 
 
