@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Self
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from cluster.fleet import QUEUE, Fleet, Member
 from cluster.jobs import partition, sampled
@@ -274,6 +275,9 @@ class Dispatcher:
         if running.loading is not None:
             try:
                 ray.get(running.loading, timeout=self._job_timeout)
+            except ObjectLostError as error:  # with the node of the learner that published them
+                running.job.call.fail(error)
+                return
             except LOST:
                 pass
             except (RuntimeError, ValueError) as error:  # the weights were refused

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 QUEUE = 2
 # A lost connection to a living process: after this long the same process is believed again.
 SAME_BOOT_GRACE = 10.0
+STARTING = 0.5  # seconds between two questions to an actor that is starting anew
 
 
 Event = Literal["hung", "lost", "back"]
@@ -76,13 +77,7 @@ class Fleet:
         deadline = time.monotonic() + self.config.start_timeout
         answers: list[Health] = []
         for member in self.members:
-            try:
-                left = max(deadline - time.monotonic(), 0.1)
-                health: Any = ray.get(_health(member), timeout=left)
-            except (TIMEOUT, *LOST) as error:
-                raise ClusterError(
-                    f"rollout actor {member.index} did not start: {error}"
-                ) from error
+            health = _first_answer(member, deadline)
             member.boot, member.pid, member.ready = health.boot, health.pid, True
             answers.append(health)
         return answers
@@ -151,6 +146,26 @@ class Fleet:
             logger.error("rollout actor %d does not come back: %s", member.index, error)
             self.members.remove(member)
             return None
+
+
+def _first_answer(member: Member, deadline: float) -> Health:
+    """Of a process that may die, and be replaced, as it starts.
+
+    Raises:
+        ClusterError: none came.
+    """
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            health: Any = ray.get(_health(member), timeout=left)
+            return health
+        except (TIMEOUT, *LOST) as error:
+            again = isinstance(error, ActorUnavailableError) and time.monotonic() < deadline
+            if not again:
+                raise ClusterError(
+                    f"rollout actor {member.index} did not start: {error}"
+                ) from error
+            time.sleep(STARTING)
 
 
 def _health(member: Member) -> Any:

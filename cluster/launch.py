@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import ObjectLostError
 from rich.console import Console
 
 from cluster import checkpoints
@@ -17,7 +18,7 @@ from cluster.learner_group import LearnerLost, RayLearner
 from cluster.local import LocalLearner, LocalRolloutPool, LocalScorer
 from cluster.logs import log_to
 from cluster.progress import Progress
-from cluster.ray_cluster import Placement, connected
+from cluster.ray_cluster import TIMEOUT, ClusterError, Placement, connected
 from cluster.report import write_report
 from cluster.reward_actors import RayScorer
 from cluster.rollout_pool import RayRolloutPool
@@ -44,6 +45,7 @@ FREE = ("steps", "learner", "workers", "cluster", "checkpoints", "tracking", "ru
 
 # The published weights of the step before a checkpoint.
 OLDER = "older.safetensors"
+FETCH_SECONDS = 600.0
 
 
 class ResumeError(ValueError):
@@ -104,12 +106,15 @@ def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, lo
                 _train(recipe, directory, pool, scorer, learner)
                 learner.stop()
                 return
-            except LearnerLost as error:
+            except (LearnerLost, ObjectLostError) as error:
                 learner.stop()
+                lost = "samples" if isinstance(error, ObjectLostError) else "learner"
+                why = str(error).splitlines()[0]
                 if attempt == recipe.cluster.max_restarts:
-                    raise
+                    raise LearnerLost(f"{lost} lost too often: {why}") from error
+                logger.warning("%s lost: %s", lost, error)
                 directory.progress.message(
-                    f"learner lost ({error}); rebuilding from the last checkpoint"
+                    f"{lost} lost ({why}); going back to the last checkpoint"
                 )
 
 
@@ -310,4 +315,10 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
 
 
 def _fetch(reference: Any) -> Any:
-    return ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
+    if not isinstance(reference, ray.ObjectRef):
+        return reference
+    try:
+        return ray.get(reference, timeout=FETCH_SECONDS)
+    except TIMEOUT as error:
+        message = f"no node handed over a sample within {FETCH_SECONDS:g} s"
+        raise ClusterError(message) from error

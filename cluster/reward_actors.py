@@ -10,7 +10,7 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
@@ -25,12 +26,14 @@ from cluster.stacks import keep_stacks
 from cluster.timeline import Timeline
 from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
-from rewards.calling import Failure, Scores
+from rewards.calling import Failure, RewardFailed, Scores
 from rewards.catalogue import RewardConfig
 from rewards.serving import EnvironmentServer, crossing, interpreter, process_variables
 from rl.contracts import Metrics, Sampled, Scored
 
 logger = logging.getLogger(__name__)
+
+FETCH_SECONDS = 120.0
 
 
 @dataclass
@@ -119,14 +122,22 @@ class RayScorer:
         """See ``rl.contracts.Scorer``."""
         prompts, columns = chunk_columns(samples)
         media = [sample.media for sample in samples]
-        answers = [
-            (one, one.replicas[one.next()].describe.remote(prompts, columns, *media))
-            for one in [*self.training, *self.held_out]
-        ]
+
+        def ask(one: _Served) -> _Call:
+            replica = one.next()
+            answer = one.replicas[replica].describe.remote(prompts, columns, *media)
+            return _Call(one, replica, answer)
+
         metrics: Metrics = {}
-        for one, answer in answers:
-            described: Any = ray.get(answer, timeout=one.config.deadline)
-            metrics |= {f"{reward_name(one.config)}/{key}": v for key, v in described.items()}
+        for call in [ask(one) for one in [*self.training, *self.held_out]]:
+            name = reward_name(call.served.config)
+            try:
+                described = self._answer(call, lambda call=call: ask(call.served))
+            except ObjectLostError:
+                raise
+            except (TIMEOUT, *LOST) as error:
+                raise RewardFailed(f"reward {name!r} does not describe a set: {error}") from error
+            metrics |= {f"{name}/{key}": value for key, value in described.items()}
         return metrics
 
     def remote_scores(self) -> dict[str, RemoteScore]:
@@ -159,23 +170,43 @@ class RayScorer:
             if self.timeline is not None:
                 self.timeline.span(track, "score", time.time() - seconds, seconds)
 
-    def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
+    def _answer(self, call: _Call, repeat: Callable[[], _Call]) -> Any:
+        """What an actor answers; one that hangs is replaced, and the call repeated.
+
+        Raises:
+            GetTimeoutError: no answer in time, every time. LOST: see ``cluster.ray_cluster``.
+        """
         config = call.served.config
-        reason: Literal["deadline", "worker_died"] = "deadline"
         for attempt in range(config.retries + 1):
             try:
-                scores, _ = ray.get(call.answer, timeout=config.deadline)
-                return scores
+                return ray.get(call.answer, timeout=config.deadline)
             except TIMEOUT:
-                reason = "deadline"
+                track = call.served.track(call.replica)
+                logger.warning("%s: attempt %d: no answer in time", track, attempt + 1)
                 replica = call.served.replicas[call.replica]
-                keep_stacks({call.served.track(call.replica): replica}, self.log_dir)
+                keep_stacks({track: replica}, self.log_dir)
                 ray.kill(replica, no_restart=False)
-            except LOST:
-                reason = "worker_died"  # Ray has repeated the call already
-                break
-            logger.warning("reward %s: attempt %d: %s", reward_name(config), attempt + 1, reason)
-            call = self._submit(call.served, chunk)
+                if attempt == config.retries:
+                    raise
+            call = repeat()
+        raise AssertionError("there is a first attempt")
+
+    def _receive(self, call: _Call, chunk: Sequence[Sampled]) -> Scores:
+        """Scores of a chunk.
+
+        Raises:
+            ObjectLostError: the samples are gone, with the node that held them.
+        """
+        config = call.served.config
+        reason: Literal["deadline", "worker_died"] = "deadline"
+        try:
+            return self._answer(call, lambda: self._submit(call.served, chunk))[0]
+        except ObjectLostError:
+            raise
+        except TIMEOUT:
+            reason = "deadline"
+        except LOST:
+            reason = "worker_died"  # Ray has repeated the call already
         if sum(sample.group.size for sample in chunk) == 1:
             return _failed(config, chunk[0], reason)
         logger.warning("reward %s: a chunk fails (%s); taken apart", reward_name(config), reason)
@@ -260,7 +291,9 @@ def _singles(chunk: Sequence[Sampled]) -> list[Sampled]:
     """Each sample of a chunk as a group of one, its media cut out here (the rare path)."""
     singles: list[Sampled] = []
     for sample in chunk:
-        media = ray.get(sample.media) if isinstance(sample.media, ray.ObjectRef) else sample.media
+        media = sample.media
+        if isinstance(media, ray.ObjectRef):
+            media = ray.get(media, timeout=FETCH_SECONDS)
         for index in range(sample.group.size):
             group = replace(sample.group, size=1)
             singles.append(replace(sample, group=group, media=media[index : index + 1]))

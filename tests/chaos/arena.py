@@ -31,7 +31,7 @@ TUNED = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "6",
-    "RAY_max_direct_call_object_size": "1024",
+    "RAY_max_direct_call_object_size": "128",
 }
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from arena import LONG, Arena, wait_for
 
 KINDS = ("rollout", "reward", "learner", "node", "driver")
-# What a clock decides, and what a resumed run proves anew.
+# What a clock decides, what the monkey did, and what a resumed run proves anew.
 TIMED = (
-    "time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "cost/gpu_seconds", "drift/",
+    "time", "busy/", "idle/", "cost/seconds", "cost/actor_seconds", "cost/gpu_seconds",
+    "rollout/restarts", "drift/",
 )  # fmt: skip
 
 
@@ -52,13 +52,13 @@ def blows(seed: int, rows: int) -> list[Blow]:
     for number in range(draw.choice((1, 2, 2, 3))):
         # Over consecutive seeds each kind comes first equally often.
         victim = KINDS[seed % len(KINDS)] if number == 0 else draw.choice(KINDS)
-        stop = victim in ("rollout", "reward", "learner") and draw.random() < 0.3
+        actor = victim in ("rollout", "reward", "learner")
+        # A driver or a node that is gone before the run has begun is no loss of a run.
+        after = draw.randrange(0 if actor else 1, rows - 2)
+        stop = actor and after > 0 and draw.random() < 0.35
         found.append(
-            Blow(
-                victim, stop, draw.randrange(1, rows - 2), draw.random(), draw.randrange(8),
-                draw.uniform(0, 3),
-            )
-        )  # fmt: skip
+            Blow(victim, stop, after, draw.random(), draw.randrange(8), draw.uniform(0, 3))
+        )
     return sorted(found, key=lambda blow: blow.rows + blow.steps)
 
 
@@ -160,19 +160,15 @@ def weights(run: Path) -> bytes:
     return max((run / "checkpoints").glob("step_*/optimizer.safetensors")).read_bytes()
 
 
-def restarts(run: Path) -> dict[str, int]:
+def restarts(game: Disturbed) -> dict[str, int]:
     """How often the logs tell of what."""
-    logs = "".join(p.read_text() for p in (run / "logs").glob("attempt-*/driver.log"))
-    words = {"quarantined": "quarantined", "again": "runs again", "stacks": "stack of"}
-    return {name: logs.count(word) for name, word in words.items()}
+    logs = "".join(p.read_text() for p in (game.run / "logs").glob("attempt-*/driver.log"))
+    words = {"quarantined": "quarantined", "jobs again": "runs again", "stacks": "stack of",
+             "back": "going back to the last checkpoint"}  # fmt: skip
+    return {name: (logs + game.output()).count(word) for name, word in words.items()}
 
 
 def pace_of(run: Path) -> float:
     """Seconds of a step of a run."""
     times = [row["time"] for row in rows(run)]
     return (times[-1] - times[0]) / (len(times) - 1)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is there."""
-    return psutil.pid_exists(pid)
