@@ -14,7 +14,7 @@ from cluster import checkpoints
 def save(directory: Path) -> None:
     (directory / "policy").mkdir()
     (directory / "policy" / "weights.bin").write_bytes(bytes(range(256)) * 20)
-    (directory / "optimizer.bin").write_bytes(b"moments" * 100)
+    (directory / "optimizer.safetensors").write_bytes(b"moments" * 100)
 
 
 def make(root: Path, *steps: int) -> None:
@@ -75,13 +75,13 @@ def test_a_crash_before_the_rename_is_not_a_checkpoint(tmp_path: Path):
     save(tmp_path / ".tmp-step_000002-99")
     found = checkpoints.latest(tmp_path)
     assert found is not None and found.step == 1
-    checkpoints.prune(tmp_path, 1, None)
+    checkpoints.prune(tmp_path, 1, 1, ())
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_pruning_spares_the_newest_and_the_best(tmp_path: Path):
     make(tmp_path, *range(1, 7))
-    checkpoints.prune(tmp_path, 2, best=3)
+    checkpoints.prune(tmp_path, 6, 2, {3})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "step_000003",
         "step_000005",
@@ -93,7 +93,7 @@ def test_the_manifest_names_every_file(tmp_path: Path):
     make(tmp_path, 1)
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
     assert [f["name"] for f in manifest["files"]] == [
-        "optimizer.bin",
+        "optimizer.safetensors",
         "policy/weights.bin",
         "state.json",
     ]
