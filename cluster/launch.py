@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import yaml
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: where and how long, never what is computed.
 FREE = ("steps", "learner", "workers", "cluster", "checkpoints", "tracking", "run_dir", "name")
+
+
+Read = TypeVar("Read")
 
 
 class ResumeError(ValueError):
@@ -274,15 +278,10 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
     """
     if not (path / "recipe.yaml").is_file():
         raise ResumeError(f"{path} is no run directory: it has no recipe.yaml")
-    try:
-        begun: Any = yaml.safe_load((path / "recipe.yaml").read_text())
-        digest = (path / "data.sha256").read_text().strip()
-        logged = MetricsFile(path / "metrics.jsonl").read()
-        found = _valid(path, recipe)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ResumeError(f"{path} cannot be continued: {error}") from error
-    if not isinstance(begun, dict):
-        raise ResumeError(f"{path / 'recipe.yaml'} is damaged: put it back from a copy")
+    begun = _undamaged(path / "recipe.yaml", lambda file: dict(yaml.safe_load(file.read_text())))
+    digest = _undamaged(path / "data.sha256", lambda file: file.read_text().strip())
+    logged = _undamaged(path / "metrics.jsonl", lambda file: MetricsFile(file).read())
+    found = _valid(path, recipe)
     asked = recipe.model_dump(mode="json")
     # A rate that falls to 0 at the last step is another one where that step is another.
     free = [key for key in FREE if key != "steps" or recipe.optimizer.decay == "none"]
@@ -298,13 +297,20 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
         logger.warning("%s has no valid checkpoint: it starts from step 0", path)
 
 
+def _undamaged(file: Path, read: Callable[[Path], Read]) -> Read:
+    try:
+        return read(file)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ResumeError(f"{file} is damaged: put it back from a copy ({error})") from error
+
+
 def _valid(path: Path, recipe: AnyRecipe) -> Checkpoint | None:
     """The newest valid checkpoint; where all are damaged, a storage may have others."""
     try:
         return checkpoints.latest(path / "checkpoints")
-    except CheckpointError:
+    except CheckpointError as error:
         if recipe.checkpoints.storage is None:
-            raise
+            raise ResumeError(str(error)) from error
         return None
 
 
