@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Generator
@@ -69,6 +70,8 @@ def is_full(error: BaseException | None) -> bool:
 def _reason(error: BaseException) -> str:
     """The system's words, without an actor's traceback."""
     cause = getattr(error, "cause", None) or error
+    if rust := IN_TEXT.search(str(cause)):
+        return os.strerror(int(rust[1]))
     return getattr(cause, "strerror", None) or str(cause).splitlines()[0]
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(run: RunDirectory):
     run.save = large
     with files_at_most(MIB), pytest.raises(DiskFull) as error:
         run.checkpoint(2)
-    said(error, "checkpoints/step_000002 could not be written", "File too large")
+    said(error, "checkpoints/step_000002 could not be written: File too large;")
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step_000001"]
     found = checkpoints.latest(run.path / "checkpoints")
     assert found is not None and found.step == 1
