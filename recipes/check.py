@@ -13,6 +13,7 @@ from recipes.derived import needed, text_algorithm
 from recipes.errors import RecipeError, nearest
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from recipes.source import Loaded
+from recipes.storage_url import storage_problem
 from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
@@ -53,6 +54,7 @@ def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
             _policy(recipe),
             _rewards(recipe),
             _resources(recipe, gpus),
+            _storage(recipe),
         )
         for key, message in group
     ]
@@ -338,3 +340,9 @@ def _resources(recipe: AnyRecipe, gpus: int) -> Iterator[tuple[str, str]]:
     if need > gpus:
         key = "workers.gpus" if recipe.workers.gpus else "learner.gpus"
         yield key, f"the recipe needs {need:g} GPUs and this machine has {gpus}"
+
+
+def _storage(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+    url = recipe.checkpoints.storage
+    if url is not None and (problem := storage_problem(url)):
+        yield "checkpoints.storage", problem
