@@ -84,34 +84,41 @@ class Trainer:
         """Train to the last step, or to the end of the one in which the user interrupts."""
         if self.step == 0:
             self._evaluate()
-        self._publish()
-        overlap, parts = self.schedule.overlap, self.schedule.overlap.parts
-        first, last = self.step * parts, self.schedule.steps * parts
-        sets = Ahead(self._draw, overlap.threads, first, last)
+        self.publish()
+        sets = self.sets()
         try:
-            if overlap.pinned and self.before is not None:
-                sets.start(self.step, self.before)
             while self.step < self.schedule.steps and not self.run.interrupted():
-                started = time.perf_counter()
-                metrics = self._train_set(sets)
-                self.step += 1
-                synced = time.perf_counter()
-                self.before = self.weights
-                self._publish()
-                done = time.perf_counter()
-                metrics |= {
-                    "time/sync": done - synced,
-                    "time/step": done - started,
-                }
+                metrics = self.advance(sets)
                 self.run.log(self.step, metrics)
                 self._evaluate_and_save()
         finally:
             self.pool.cancel()
             sets.close()
 
-    def _publish(self) -> None:
+    def sets(self) -> Ahead[RolloutSet]:
+        """What draws the sets, or parts of sets, that are left."""
+        overlap = self.schedule.overlap
+        first, last = self.step * overlap.parts, self.schedule.steps * overlap.parts
+        sets = Ahead(self._draw, overlap.threads, first, last)
+        if overlap.pinned and self.before is not None:
+            sets.start(first, self.before)
+        return sets
+
+    def publish(self) -> None:
+        """The learner's weights are those that draw from now on."""
         self.weights = self.learner.publish(self.step)
         self.pool.load(self.weights)
+
+    def advance(self, sets: Ahead[RolloutSet]) -> Metrics:
+        """One step: a set, what it teaches, the new weights."""
+        started = time.perf_counter()
+        metrics = self._train_set(sets)
+        self.step += 1
+        synced = time.perf_counter()
+        self.before = self.weights
+        self.publish()
+        done = time.perf_counter()
+        return metrics | {"time/sync": done - synced, "time/step": done - started}
 
     def _train_set(self, sets: Ahead[RolloutSet]) -> Metrics:
         """One rollout set, each part when it is there; the last part ends the optimiser step."""
