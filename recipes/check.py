@@ -67,7 +67,7 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
     kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _noised(recipe), _sizes(recipe)]
-    return [*kinds, _parts(recipe), _answers(recipe), comparison(recipe)]
+    return [*kinds, _overlap(recipe), _answers(recipe), comparison(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -212,9 +212,16 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
-def _parts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """A set that is trained in parts: nothing about a part may depend on the others."""
+def _overlap(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What trains while samples are drawn has a place of its own; parts do not depend on others."""
     parts, rl, key = recipe.schedule.parts, recipe.rl, "schedule.parts"
+    overlaps = recipe.schedule.stale or parts > 1
+    if recipe.cluster.colocated and recipe.learner.gpus and overlaps:
+        yield (
+            "cluster.colocated",
+            "rollout actors and learner ranks would work on the same GPUs at the same time; false, or "
+            "schedule.mode sync without parts",
+        )
     groups, ranks = recipe.rollout.prompts_per_step, recipe.learner.ranks
     if parts == 1:
         return

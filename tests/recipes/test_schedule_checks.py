@@ -42,3 +42,10 @@ def test_every_mode_goes_with_every_kind_of_objective(mode: str):
 
 def test_parts_that_stand_alone_are_taken():
     check(load(Path("digits/flash_grpo"), Recipe, [PARTS]), gpus=0)
+
+
+def test_actors_that_share_a_gpu_take_turns():
+    gpus = ["learner.gpus=0.5", "workers.gpus=0.5", "cluster.address=auto"]
+    message = refused("digits/flash_grpo", "schedule={mode: async}", *gpus)
+    assert "at the same time" in message
+    check(load(Path("digits/flash_grpo"), Recipe, gpus), gpus=0)
