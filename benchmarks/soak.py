@@ -217,14 +217,15 @@ class Trend:
 def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
     """Of at least three values; residuals that follow each other count as fewer."""
     x, y = np.asarray(times, float), np.asarray(values, float)
-    fit = stats.linregress(x, y)
-    rest = y - fit.intercept - fit.slope * x
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    rest = y - y.mean() - slope * x
     power = float(rest @ rest)
     follow = max(float(rest[1:] @ rest[:-1]) / power, 0.0) if power else 0.0
     effective = max(len(x) * (1 - follow) / (1 + follow), 3.0)
-    error = fit.stderr * math.sqrt((len(x) - 2) / (effective - 2))
+    error = math.sqrt(power / (effective - 2) / (x @ x))
     wide = float(stats.t.ppf(0.975, effective - 2)) * error
-    return Trend(fit.slope, fit.slope - wide, fit.slope + wide)
+    return Trend(slope, slope - wide, slope + wide)
 
 
 def leaks(counts: Sequence[int]) -> bool:
