@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -132,15 +131,9 @@ def one_run(
 def step_seconds(algorithm: str, noise: str, rate: float, std: str) -> float:
     """Median wall time of a training step, alone on one core."""
     trainer, _ = build(algorithm, noise, rate, std, TUNING_SEED, 2.0)
-    trainer.pool.load(trainer.learner.publish(0))
-    times: list[float] = []
-    for _ in range(7):
-        started = time.perf_counter()
-        steps, _ = trainer._rollout_set()
-        trainer._update(steps)
-        trainer.step += 1
-        trainer.pool.load(trainer.learner.publish(trainer.step))
-        times.append(time.perf_counter() - started)
+    trainer.publish()
+    sets = trainer.sets()
+    times = [trainer.advance(sets)["time/step"] for _ in range(7)]
     return statistics.median(times[2:])
 
 

@@ -54,13 +54,11 @@ def record(steps: int) -> list[dict[str, Any]]:
         module.register_forward_pre_hook(hook, with_kwargs=True)
     trainer = build_trainer(wanted, None, pool, scorer, learner, 0)  # type: ignore[arg-type]
     trainer.proved = True
-    pool.load(learner.publish(0))
+    trainer.publish()
+    sets = trainer.sets()
     for _ in range(steps):
         recorded.append({"calls": []})
-        updates, _ = trainer._rollout_set()
-        trainer._update(updates)
-        trainer.step += 1
-        pool.load(learner.publish(trainer.step))
+        trainer.advance(sets)
         recorded[-1]["prompts"] = [p.text for p in trainer.prompts][:1] * 128
     return recorded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,7 +36,9 @@ Overrides = Annotated[
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="A file, or a name of 'recipes'.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue this run directory, or STORAGE_URL/NAME.")
+    ] = None,
     changed: Annotated[
         bool, typer.Option("--changed", help="Continue although recipe or data changed.")
     ] = False,
@@ -43,22 +46,30 @@ def run(
     """Train a recipe."""
     if recipe is None and resume is None:
         raise typer.BadParameter("give a RECIPE, or --resume RUN")
-    source = recipe if recipe is not None else resume / "recipe.yaml"  # type: ignore[operator]
-    loaded = _checked(source, overrides)
+    if resume is not None and "://" in resume:
+        loaded, continued = _stored(resume, recipe, overrides, changed)
+    else:
+        continued = Path(resume) if resume is not None else None
+        source = recipe if recipe is not None else continued / "recipe.yaml"  # type: ignore[operator]
+        loaded = _checked(source, overrides)
+    from cluster.checkpoints import CheckpointError
+    from cluster.disk import DiskFull
     from cluster.launch import ResumeError
     from cluster.launch import run as launch
     from cluster.learner_group import LearnerLost
+    from cluster.lock import RunLocked
     from cluster.ray_cluster import ClusterError
+    from cluster.storage import StorageError
     from distill.train import MismatchError
     from rewards.calling import RewardFailed
     from rl.metrics import DriftError
 
     try:
-        path = launch(loaded.value, out, resume, changed)
-    except ResumeError as error:
+        path = launch(loaded.value, out, continued, changed)
+    except (ResumeError, StorageError, CheckpointError, RunLocked) as error:
         refuse(str(error))
-    except (ClusterError, RewardFailed, DriftError, MismatchError, LearnerLost) as error:
-        err.print(f"[bold red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+    except (ClusterError, RewardFailed, DriftError, MismatchError, LearnerLost, DiskFull) as error:
+        err.print(f"[bold red]stopped:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     _summary(path)
 
@@ -224,6 +235,25 @@ def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> 
     except RecipeError as error:
         refuse(str(error))
     return loaded
+
+
+def _stored(
+    url: str, recipe: Path | None, overrides: list[str] | None, changed: bool
+) -> tuple[Loaded[AnyRecipe], Path]:
+    """The recipe of a run in a storage, and the run's new directory here; its copies go on there."""
+    from cluster.launch import ResumeError, check_resume
+    from cluster.storage import StorageError, describing, fetch_run, located
+
+    try:
+        storage, name = located(url)
+        with describing(storage, name) as described:
+            own = [f"checkpoints.storage={storage.url}", *(overrides or [])]
+            loaded = _checked(recipe or described / "recipe.yaml", own)
+            check_resume(described, loaded.value, changed)
+        tell = partial(out.print, highlight=False, soft_wrap=True)
+        return loaded, fetch_run(storage, name, loaded.value.run_dir / name, tell)
+    except (StorageError, ResumeError) as error:
+        refuse(str(error))
 
 
 def _planned(recipe: AnyRecipe) -> dict[str, str]:

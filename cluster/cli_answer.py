@@ -92,7 +92,8 @@ def _endpoint(
 ) -> Ask:
     import os
 
-    from rewards.judge_engines import EndpointEngine, wrong_key, wrong_url
+    from rewards.judge_engines import EndpointEngine, wrong_url
+    from rewards.keys import wrong_key
 
     mistake = wrong_url(url) or wrong_key(key_variable)
     if mistake is not None:

@@ -36,7 +36,10 @@ WorkingDir = Annotated[
 Installed = Annotated[
     bool, typer.Option("--installed", help="Upload nothing; run what is installed there.")
 ]
-Resume = Annotated[Path | None, typer.Option(help="Continue this run directory of the cluster.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="Continue this run directory of the cluster, or STORAGE_URL/NAME."),
+]
 RunId = Annotated[
     str | None,
     typer.Option("--id", help="The run id; default the recipe's name and a suffix."),

@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.compare import BASE, PLAIN, Point, Trained, measure, on_ray, opened
 from cluster.measured import Measured, Table, number, output_directory, save_page
-from cluster.plots import COLORS
+from cluster.plots import COLORS, literal
 from cluster.report import CHART, write_report
 from cluster.report_distill import svg
 from recipes.schema import Recipe
@@ -236,7 +236,7 @@ def draw(
     grid: Any = figure.subplots(2 if shown else 1, 3, squeeze=False)
     for panel, (key, label) in zip(grid[0], axes, strict=True):
         _lines(panel, summary, lambda s, key=key: s[key], lambda s: s["reward"])
-        panel.set(xscale="log", xlabel=label, ylabel=reward)
+        panel.set(xscale="log", xlabel=label, ylabel=literal(reward))
     for panel, name in zip(grid[-1] if shown else (), shown, strict=False):
         _lines(
             panel,
@@ -244,7 +244,7 @@ def draw(
             lambda s: s["reward"],
             lambda s, name=name: s["metrics"][name],
         )
-        panel.set(xlabel=reward, ylabel=short(name))
+        panel.set(xlabel=literal(reward), ylabel=literal(short(name)))
     for panel in grid[-1][len(shown) :] if shown else ():
         panel.set_visible(False)
     grid[0, 0].legend(frameon=False, fontsize=7)
@@ -266,7 +266,7 @@ def _lines(panel: Any, summary: Sequence[Mapping[str, Any]], x: Any, y: Any) -> 
         label = method if policy == BASE and method != PLAIN else f"{policy} {method}"
         mark = "*" if method == PLAIN else "o"
         panel.plot(
-            [x(s) for s in own], [y(s) for s in own], marker=mark, label=label, linewidth=1.3,
+            [x(s) for s in own], [y(s) for s in own], marker=mark, label=literal(label), linewidth=1.3,
             color=COLORS[place % len(COLORS)], markersize=9 if mark == "*" else 4,
             linestyle="-" if place < len(COLORS) else "--",
         )  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from cluster.measured import Measured, MeasureError, Table, number, output_directory, save_page
-from cluster.plots import COLORS
+from cluster.plots import COLORS, literal
 from cluster.report_distill import svg
 from cluster.tracking import MetricsFile
 from recipes.errors import nearest
@@ -293,12 +293,12 @@ def draw(curves: Sequence[Curve], kind: Literal["png", "svg"]) -> bytes:
         panel = grid[row, column]
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        panel.set_title(metric.removeprefix("evaluation/"), fontsize=9)
+        panel.set_title(literal(metric.removeprefix("evaluation/")), fontsize=9)
         panel.set_xlabel(AXES[axis], fontsize=8)
         own = [c for c in curves if c.metric == metric and (axis in c.at or not c.at)]
         for group, curve in {c.group: c for c in own}.items():
             color = COLORS[groups.index(group) % len(COLORS)]
-            label = f"{group} (n={curve.n})"
+            label = literal(f"{group} (n={curve.n})")
             if curve.at:
                 panel.plot(curve.at[axis], curve.mean, "o-", label=label, color=color, markersize=3)
                 panel.fill_between(curve.at[axis], curve.low, curve.high, color=color, alpha=0.18)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def find_checkpoints(
     found: dict[Path, Found] = {}
     notes: list[str] = []
     for path in paths:
-        place = path.resolve()
+        place = Path(os.path.realpath(path))
         root = place / "checkpoints"
         if (place / "recipe.yaml").is_file():
             wanted = _steps_of(path, root, steps, notes)
@@ -145,7 +146,7 @@ def find_checkpoints(
 
 def _steps_of(run: Path, root: Path, steps: Sequence[int], notes: list[str]) -> list[Path]:
     """The valid checkpoints of a run, or those asked for."""
-    there = sorted(root.glob("step_*"))
+    there = [root / checkpoints.name_of(step) for step in checkpoints.steps_in(root)]
     asked = [root / f"step_{step:06d}" for step in sorted(set(steps))] or there
     for path in asked:
         if path not in there:

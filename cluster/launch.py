@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import yaml
@@ -13,9 +15,11 @@ from ray.exceptions import ObjectLostError
 from rich.console import Console
 
 from cluster import checkpoints
-from cluster.checkpoints import Checkpoint
+from cluster.checkpoints import Checkpoint, CheckpointError
+from cluster.disk import writing
 from cluster.learner_group import LearnerLost, RayLearner
 from cluster.local import LocalLearner, LocalRolloutPool, LocalScorer
+from cluster.lock import locked
 from cluster.logs import log_to
 from cluster.progress import Progress
 from cluster.ray_cluster import TIMEOUT, ClusterError, Placement, connected
@@ -23,6 +27,7 @@ from cluster.report import write_report
 from cluster.reward_actors import RayScorer
 from cluster.rollout_pool import RayRolloutPool
 from cluster.run import RunDirectory, data_digest, describe, new_directory
+from cluster.storage import Storage, fetch_newer, proved
 from cluster.teacher_store import source_of
 from cluster.tracking import MetricsFile, open_trackers
 from cluster.weights import read_weights
@@ -47,6 +52,8 @@ FREE = ("steps", "learner", "workers", "cluster", "checkpoints", "tracking", "ru
 OLDER = "older.safetensors"
 FETCH_SECONDS = 600.0
 
+Read = TypeVar("Read")
+
 
 class ResumeError(ValueError):
     """A run that cannot be continued as asked."""
@@ -63,18 +70,31 @@ def run(
 
     Raises:
         ResumeError: nothing to continue, or something else than was begun.
+        StorageError: the recipe's storage cannot be used. RunLocked: another process has the run.
+        DiskFull: of the run directory.
     """
     if resume is not None:
         check_resume(resume, recipe, changed)
+    storage = proved(recipe)
     console.print(f"preparing {recipe.policy.checkpoint}", highlight=False)
     recipe.policy.prepare()
-    path = resume or new_directory(recipe)
-    if resume is None:
+    path = resume or new_directory(recipe, storage.names() if storage else ())
+    with writing(path, path), locked(path):
+        return _attempt(recipe, console, path, resume is None, storage)
+
+
+def _attempt(
+    recipe: AnyRecipe, console: Console, path: Path, new: bool, storage: Storage | None
+) -> Path:
+    if new:
         describe(path, recipe, recipe.prompts.load())
+    if storage is not None:
+        storage.describe(path)
+        fetch_newer(storage, path.name, path, partial(console.print, highlight=False))
+    found = checkpoints.latest(path / "checkpoints")
     attempt = len(list((path / "logs").glob("attempt-*"))) + 1
     log_dir = (path / "logs" / f"attempt-{attempt}").resolve()
     log_to(str(log_dir / "driver.log"))
-    found = checkpoints.latest(path / "checkpoints")
     done = found.step if found else 0
     with Progress(recipe.steps, done, console) as progress:
         trackers = open_trackers(recipe.tracking, path)
@@ -127,6 +147,7 @@ def run_locally(recipe: AnyRecipe, path: Path, console: Console) -> RunDirectory
         _train(
             recipe, directory, LocalRolloutPool(recipe), LocalScorer(recipe), LocalLearner(recipe)
         )
+        directory.close()
     return directory
 
 
@@ -137,7 +158,7 @@ def _train(
     scorer: Scorer,
     learner: RayLearner | LocalLearner,
 ) -> None:
-    found = checkpoints.latest(directory.path / "checkpoints")
+    found = checkpoints.latest(directory.path / "checkpoints", directory.warn)
     directory.resume_from(found)
     if found is not None:
         learner.restore(found.path)
@@ -290,21 +311,47 @@ def check_resume(path: Path, recipe: AnyRecipe, changed: bool) -> None:
     """
     if not (path / "recipe.yaml").is_file():
         raise ResumeError(f"{path} is no run directory: it has no recipe.yaml")
-    begun = yaml.safe_load((path / "recipe.yaml").read_text())
+    begun = _undamaged(path / "recipe.yaml", lambda file: dict(yaml.safe_load(file.read_text())))
+    digest = _undamaged(path / "data.sha256", lambda file: file.read_text().strip())
+    logged = _undamaged(path / "metrics.jsonl", lambda file: MetricsFile(file).read())
+    found = _valid(path, recipe)
     asked = recipe.model_dump(mode="json")
     # A rate that falls to 0 at the last step is another one where that step is another.
     free = [key for key in FREE if key != "steps" or recipe.optimizer.decay == "none"]
-    different = [key for key in asked if key not in free and asked[key] != begun.get(key)]
-    if (path / "data.sha256").read_text().strip() != data_digest(recipe.prompts.load()):
+    # A key that is younger than the run is as it was where it has its default.
+    defaults = {key: field.get_default() for key, field in type(recipe).model_fields.items()}
+    different = [
+        key
+        for key in asked
+        if key not in free
+        and (asked[key] != begun[key] if key in begun else getattr(recipe, key) != defaults[key])
+    ]
+    if digest != data_digest(recipe.prompts.load()):
         different.append("prompts (the data itself)")
     if different and not changed:
         raise ResumeError(
             f"{path} was begun with another {', '.join(different)}; give the recipe it was begun "
             "with, or --changed to continue all the same"
         )
-    logged = MetricsFile(path / "metrics.jsonl").read()
-    if checkpoints.latest(path / "checkpoints") is None and logged:
+    if found is None and logged and recipe.checkpoints.storage is None:
         logger.warning("%s has no valid checkpoint: it starts from step 0", path)
+
+
+def _undamaged(file: Path, read: Callable[[Path], Read]) -> Read:
+    try:
+        return read(file)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ResumeError(f"{file} is damaged: put it back from a copy ({error})") from error
+
+
+def _valid(path: Path, recipe: AnyRecipe) -> Checkpoint | None:
+    """The newest valid checkpoint; where all are damaged, a storage may have others."""
+    try:
+        return checkpoints.latest(path / "checkpoints")
+    except CheckpointError as error:
+        if recipe.checkpoints.storage is None:
+            raise ResumeError(str(error)) from error
+        return None
 
 
 def _fetch(reference: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ class RankActor:
     def update(self, *arguments: Any) -> Update:
         """See ``LearnerRank.update``."""
         return self.rank.update(*arguments)
+
+    def accumulate(self, *arguments: Any) -> Update:
+        """See ``LearnerRank.accumulate``."""
+        return self.rank.accumulate(*arguments)
 
     def replay(self, *arguments: Any) -> dict[str, Any]:
         """See ``LearnerRank.replay``."""
@@ -118,25 +123,27 @@ class RayLearner:
 
     def update(self, steps: Sequence[Sequence[AnyItem]]) -> Update:
         """See ``rl.contracts.Learner``."""
+        return self._share_out("update", steps, 1)
+
+    def accumulate(self, items: Sequence[AnyItem]) -> Update:
+        """See ``rl.contracts.Learner``."""
+        return self._share_out("accumulate", [items], 0)
+
+    def _share_out(self, method: str, steps: Sequence[Sequence[AnyItem]], least: int) -> Update:
+        """Every rank's share; ``least`` micro-batches end a step, be they empty."""
         size = self.recipe.learner.micro_batch
         shares = [share(items, len(self.ranks)) for items in steps]
-        counts = [micro_steps(parts, size) for parts in shares]
+        counts = [max(micro_steps(parts, size), least) for parts in shares]
         calls: list[Any] = []
         began = time.time()
         for index, rank in enumerate(self.ranks):
             placed, replays = place_replays([parts[index] for parts in shares])
-            calls.append(rank.update.remote(placed, counts, *replays))
+            calls.append(getattr(rank, method).remote(placed, counts, *replays))
         parts: list[Update] = self._get(calls, self.recipe.cluster.job_timeout)
         if self.timeline is not None:
             for index, part in enumerate(parts):
-                self.timeline.span(f"learner-{index}", "update", began, part.seconds[0])
-        return Update(
-            table=_join([part.table for part in parts]),
-            grad_norms=parts[0].grad_norms,
-            forwards=sum(part.forwards for part in parts),
-            backwards=sum(part.backwards for part in parts),
-            seconds=tuple(second for part in parts for second in part.seconds),
-        )
+                self.timeline.span(f"learner-{index}", method, began, part.seconds[0])
+        return replace(Update.joined(parts), grad_norms=parts[0].grad_norms)
 
     def replay(self, items: Sequence[AnyItem]) -> Mapping[str, Any]:
         """See ``rl.contracts.Learner``."""

@@ -127,8 +127,13 @@ class LocalLearner:
     def update(self, steps: Sequence[Sequence[AnyItem]]) -> Update:
         """See ``rl.contracts.Learner``."""
         placed, replays = place_replays(steps)
-        counts = [micro_steps([items], self.micro_batch) for items in steps]
+        counts = [max(micro_steps([items], self.micro_batch), 1) for items in steps]
         return self.rank.update(placed, counts, *replays)
+
+    def accumulate(self, items: Sequence[AnyItem]) -> Update:
+        """See ``rl.contracts.Learner``."""
+        placed, replays = place_replays([items])
+        return self.rank.accumulate(placed, [micro_steps([items], self.micro_batch)], *replays)
 
     def replay(self, items: Sequence[AnyItem]) -> dict[str, Any]:
         """See ``rl.contracts.Learner``."""

@@ -19,6 +19,8 @@ def log_to(path: str | None) -> None:
     stream = Path(path).open("a")  # noqa: SIM115  as long as the process
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # A full disk must not fill the terminal with a traceback for each record.
+    logging.raiseExceptions = False
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -26,13 +26,18 @@ def curves(rows: Rows, labels: Mapping[str, str], ylabel: str, png: bool = False
     figure, axes = _figure()
     for color, (key, label) in zip(_cycle(len(labels)), labels.items(), strict=True):
         steps, values = series(rows, key)
-        axes.plot(steps, values, label=label, color=color, marker="o" if len(steps) < 30 else None,
+        axes.plot(steps, values, label=literal(label), color=color, marker="o" if len(steps) < 30 else None,
                   markersize=3, linewidth=1.6)  # fmt: skip
     axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
+    axes.set_ylabel(literal(ylabel))
     if len(labels) > 1:
         axes.legend(frameon=False, fontsize=8)
     return _render(figure, png)
+
+
+def literal(text: str) -> str:
+    """A text as matplotlib draws it letter by letter: no formula between dollars."""
+    return text.replace("$", r"\$")
 
 
 def stacked(rows: Rows, labels: Mapping[str, str], ylabel: str) -> bytes:

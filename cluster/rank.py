@@ -20,6 +20,7 @@ from rl.algorithm import Table
 from rl.catalogue import build_algorithm
 from rl.contracts import Update
 from rl.items import Item
+from rollout.flow_sampler import FlowSamplerConfig
 from rollout.policies.base import forwards_per_sample
 
 # What checkpoints append to the names of the weights that sample, where those lag.
@@ -64,21 +65,48 @@ class LearnerRank:
         norms: list[float] = []
         old = self._old_scores(steps, micro_steps, replays)
         for items, count in zip(steps, micro_steps, strict=True):
-            for i, batch in enumerate(self._batches(items, count, replays)):
-                if old is not None:
-                    batch = replace(batch, old=next(old))
-                loss, table = self.engine.forward(batch)
-                self.engine.backward(loss, last=i == count - 1)
-                tables.append(table)
+            tables += self._backward(items, count, replays, old, ends=True)
             norms.append(self.trained.step())
         if self.algorithm.lags:
             self._follow()
-        evaluations = self._evaluations(sum(micro_steps))
+        return self._update(tables, norms, sum(micro_steps), old is not None, started)
+
+    def accumulate(
+        self, steps: Sequence[Sequence[Item]], micro_steps: Sequence[int], *replays: Any
+    ) -> Update:
+        """The gradients of this rank's share of one optimiser step's first part; see ``update``."""
+        started = time.perf_counter()
+        ((items,), (count,)) = (steps, micro_steps)
+        tables = self._backward(items, count, replays, None, ends=False)
+        return self._update(tables, [], count, False, started)
+
+    def _backward(
+        self,
+        items: Sequence[Item],
+        count: int,
+        replays: Sequence[Any],
+        old: Iterator[Tensor] | None,
+        ends: bool,
+    ) -> list[Table]:
+        tables: list[Table] = []
+        for i, batch in enumerate(self._batches(items, count, replays)):
+            if old is not None:
+                batch = replace(batch, old=next(old))
+            loss, table = self.engine.forward(batch)
+            self.engine.backward(loss, last=ends and i == count - 1)
+            tables.append(table)
+        return tables
+
+    def _update(
+        self, tables: list[Table], norms: list[float], count: int, old: bool, started: float
+    ) -> Update:
+        """What ``count`` micro-batches were; ``old``: their old scores were computed too."""
+        evaluations = self._evaluations(count)
         reference = 1 if self.recipe.rl.kl_coefficient else 0
         return Update(
             table=join_tables(tables),
             grad_norms=tuple(norms),
-            forwards=evaluations * (1 + reference + (old is not None)),
+            forwards=evaluations * (1 + reference + old),
             backwards=evaluations,
             seconds=(time.perf_counter() - started,),
         )
@@ -158,7 +186,10 @@ class LearnerRank:
         return self.algorithm.batches(self.policy, items, lambda i: replays[i], size, count)
 
     def _evaluations(self, micro_steps: int) -> int:
-        per_sample = forwards_per_sample(self.recipe.rollout.guidance_scale)
+        sampler = self.recipe.rollout
+        # A flow's loss evaluates the guided velocity; one on text the network as it is.
+        flow = isinstance(sampler, FlowSamplerConfig)
+        per_sample = forwards_per_sample(sampler.guidance_scale) if flow else 1
         return micro_steps * self.recipe.learner.micro_batch * per_sample
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from cluster import plots
 from cluster.monitors import warnings
+from cluster.report_actors import actors, timelines
 from cluster.report_distill import distill_figures, svg
 from cluster.tracking import MetricsFile
 
@@ -53,6 +54,8 @@ def write_report(run: Path) -> Path:
         grids=_grids(run),
         clips=_clips(run),
         texts=_texts(run),
+        actors=actors(run),
+        timelines=timelines(run),
         costs=_costs(train),
         warnings=_warnings(train) + warnings(evaluations, _watched(run)),
         recipe=(run / "recipe.yaml").read_text(),

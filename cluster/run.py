@@ -8,7 +8,7 @@ import logging
 import platform
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,14 @@ import numpy as np
 import yaml
 
 from cluster import checkpoints
+from cluster.atomic import replace_text
 from cluster.checkpoints import Checkpoint
+from cluster.copies import Copies
+from cluster.disk import check_room, writing
 from cluster.media import write_evaluated
 from cluster.monitors import learns_from_itself, recursion_metrics, warnings
 from cluster.progress import Progress
+from cluster.storage import Storage
 from cluster.timeline import attempt_timeline
 from cluster.tracking import MetricsFile, Tracker
 from recipes.schema import AnyRecipe
@@ -42,6 +46,7 @@ class RunDirectory:
         costs: totals since step 0, kept in every checkpoint.
         timeline: what the actors did, written with each step's metrics.
         extra: what else a checkpoint keeps of the loop; ``restored``: what it kept.
+        copies: to the recipe's storage, where it has one.
     """
 
     def __init__(
@@ -62,16 +67,21 @@ class RunDirectory:
         self.last_saved = -1
         self.extra: Callable[[], dict[str, Any]] = dict
         self.restored: dict[str, Any] = {}
+        url, keep_last = recipe.checkpoints.storage, recipe.checkpoints.keep_last
+        self.copies = Copies(Storage(url), path, keep_last, progress.message) if url else None
         self._stop = False
 
     def resume_from(self, checkpoint: Checkpoint | None) -> None:
         """Forget what came after ``checkpoint`` (all, when there is none)."""
         state = checkpoint.state if checkpoint else {}
-        self.metrics.truncate(checkpoint.step if checkpoint else -1)
+        with writing(self.metrics.path, self.path):
+            self.metrics.truncate(checkpoint.step if checkpoint else -1)
         self.costs = dict(state.get("costs", {}))
         self.restored = dict(state.get("extra", {}))
         self.best = tuple(state["best"]) if state.get("best") else None
         self.last_saved = checkpoint.step if checkpoint else -1
+        if self.copies is not None and checkpoint is not None:
+            self.copies.copy(checkpoint.step, self.best[1] if self.best else None, known=True)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """See ``rl.contracts.Run``."""
@@ -85,7 +95,9 @@ class RunDirectory:
 
     def evaluated(self, step: int, metrics: Metrics, scored: Sequence[Scored]) -> None:
         """See ``rl.contracts.Run``."""
-        (self.path / "evaluation").mkdir(exist_ok=True)
+        directory = self.path / "evaluation"
+        with writing(directory, self.path):
+            directory.mkdir(exist_ok=True)
         if learns_from_itself(self.recipe):
             media = [self.fetch(group.sample.media) for group in scored]
             metrics |= recursion_metrics(self.path / "evaluation", media)
@@ -109,9 +121,12 @@ class RunDirectory:
                 for group in scored
             ],
         }
-        target = self.path / "evaluation" / f"step_{step:06d}.json"
-        target.write_text(json.dumps(document))
-        self._write_samples(step, scored[:SHOWN_SAMPLES])
+        target = directory / f"step_{step:06d}.json"
+        with writing(target, self.path):
+            replace_text(target, json.dumps(document))
+        samples = self.path / "samples" / f"step_{step:06d}"
+        with writing(samples, self.path):
+            self._write_samples(samples, scored[:SHOWN_SAMPLES])
         self._warn()
         self._note_best(step, metrics)
         self.progress.evaluation(step, metrics)
@@ -124,10 +139,18 @@ class RunDirectory:
         started = time.perf_counter()
         root = self.path / "checkpoints"
         state = {"costs": self.costs, "best": self.best, "extra": self.extra()}
-        checkpoints.write(root, step, self.save, state)
-        checkpoints.prune(root, self.recipe.checkpoints.keep_last, self.best and self.best[1])
+        check_room(root, self.path)
+        with writing(root / checkpoints.name_of(step), self.path):
+            checkpoints.write(root, step, self.save, state)
+        best = self.best[1] if self.best else None
+        spared = self.copies.in_use() if self.copies is not None else set[int]()
+        spared |= set() if best is None else {best}
+        checkpoints.prune(root, step, self.recipe.checkpoints.keep_last, spared)
         self.last_saved = step
-        self.metrics.sync()
+        with writing(self.metrics.path, self.path):
+            self.metrics.sync()
+        if self.copies is not None:
+            self.copies.copy(step, best)
         seconds = time.perf_counter() - started
         self.timeline.span("driver", "checkpoint", time.time() - seconds, seconds, step=step)
         logger.info("checkpoint of step %d in %.2f s", step, seconds)
@@ -148,15 +171,23 @@ class RunDirectory:
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)
 
-    def close(self) -> None:
-        """End the timeline and the trackers."""
-        self.timeline.close()
-        for tracker in self.trackers:
-            tracker.close()
+    def warn(self, message: str) -> None:
+        """One line for the user and the log."""
+        logger.warning(message)
+        self.progress.message(message)
 
-    def _write_samples(self, step: int, scored: Sequence[Scored]) -> None:
+    def close(self) -> None:
+        """End the timeline and the trackers; wait for the last copy."""
+        try:
+            self.timeline.close()
+            for tracker in self.trackers:
+                tracker.close()
+        finally:
+            if self.copies is not None:
+                self.copies.finish(self.recipe.cluster.job_timeout)
+
+    def _write_samples(self, directory: Path, scored: Sequence[Scored]) -> None:
         """A grid of media, or a JSON line for each text."""
-        directory = self.path / "samples" / f"step_{step:06d}"
         directory.mkdir(parents=True, exist_ok=True)
         media = [self.fetch(group.sample.media) for group in scored]
         if isinstance(media[0], np.ndarray):
@@ -179,11 +210,11 @@ class RunDirectory:
     def _warn(self) -> None:
         rows = [row for row in self.metrics.read() if row["kind"] == "evaluation"]
         for message in warnings(rows, self.recipe.checkpoints.keep_best):
-            logger.warning(message)
-            self.progress.message(message)
+            self.warn(message)
 
     def _write(self, kind: str, step: int, metrics: Metrics) -> None:
-        self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
+        with writing(self.metrics.path, self.path):
+            self.metrics.append({"kind": kind, "step": step, "time": time.time(), **metrics})
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
@@ -241,7 +272,7 @@ class RunDirectory:
         wanted = self.recipe.checkpoints.keep_best
         if wanted is not None and wanted in metrics:
             value = metrics[wanted]
-            if self.best is None or value > self.best[0]:
+            if np.isfinite(value) and (self.best is None or value > self.best[0]):
                 self.best = (value, step)
 
 
@@ -249,7 +280,7 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def new_directory(recipe: AnyRecipe) -> Path:
+def new_directory(recipe: AnyRecipe, taken: Collection[str] = ()) -> Path:
     """A directory of its own for a new run: ``name``, or ``name-2`` ... where that is taken."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -257,6 +288,8 @@ def new_directory(recipe: AnyRecipe) -> Path:
         suffix = "" if number == 1 else f"-{number}"
         path = recipe.run_dir / f"{recipe.name}{suffix}"
         try:
+            if path.name in taken:
+                raise FileExistsError
             path.mkdir()
         except FileExistsError:
             number += 1
@@ -267,7 +300,7 @@ def new_directory(recipe: AnyRecipe) -> Path:
 def describe(path: Path, recipe: AnyRecipe, prompts: Sequence[Prompt]) -> None:
     """Write what the run is: resolved recipe, data digest, versions."""
     document = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (path / "recipe.yaml").write_text(document)
+    replace_text(path / "recipe.yaml", document)
     (path / "data.sha256").write_text(data_digest(prompts) + "\n")
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:

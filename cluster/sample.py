@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster import checkpoints
-from cluster.checkpoints import Checkpoint
+from cluster.checkpoints import Checkpoint, CheckpointError
 from cluster.jobs import partition
 from cluster.media import VideoFormat, write_media, write_texts
 from cluster.trained import STATE_FILE
@@ -40,6 +42,8 @@ from rollout.policies.pipelines import RENOISING
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
 from rollout.policies.z_image import ZImageConfig
+
+logger = logging.getLogger(__name__)
 
 STUDENT = "student:"  # of a distillation's networks, the one that is sampled
 Policy = FlowPolicy | MaskedDiffusionPolicy
@@ -89,7 +93,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Source:
         SampleError: nothing that can be sampled, or damaged.
         RecipeError: the run's recipe is not valid.
     """
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # not resolve(): it raises where links go in a circle
     if (place / "recipe.yaml").is_file():
         return _of_run(place, _checkpoint(place / "checkpoints", step))
     if step is not None:
@@ -175,19 +179,21 @@ def _checkpoint(root: Path, step: int | None) -> Checkpoint:
             there = ", ".join(sorted(p.name for p in root.glob("step_*"))) or "none"
             raise SampleError(f"{root} has no checkpoint of step {step}; there are: {there}")
         return _verified(path)
-    found = checkpoints.latest(root)
+    try:
+        found = checkpoints.latest(root, logger.warning)
+    except CheckpointError as error:
+        raise SampleError(str(error)) from error
     if found is None:
         raise SampleError(f"{root} holds no valid checkpoint: continue the run, or give another")
     return found
 
 
 def _verified(path: Path) -> Checkpoint:
-    problem = checkpoints.verify(path)
-    if problem is not None:
+    try:
+        return checkpoints.read(path)
+    except CheckpointError as error:
         remedy = "give the run directory for its newest valid checkpoint"
-        raise SampleError(f"{path} is damaged: {problem}; {remedy}")
-    state = json.loads((path / checkpoints.STATE).read_text())
-    return Checkpoint(path, state.pop("step"), state)
+        raise SampleError(f"{error}; {remedy}") from error
 
 
 def _scheduler(path: Path) -> dict[str, Any]:

@@ -37,14 +37,14 @@ class Sent:
     Attributes:
         run: its id. recipe: with ``cluster.address: auto``. variables: forwarded, by name.
         working_dir: uploaded; None takes the package that is installed there.
-        resume: a run directory on the cluster to continue. python: its interpreter there.
+        resume: a run directory on the cluster, or a run's URL, to continue. python: its interpreter there.
     """
 
     run: str
     recipe: AnyRecipe
     variables: dict[str, str]
     working_dir: Path | None
-    resume: Path | None
+    resume: str | None
     python: str
 
 
@@ -118,7 +118,7 @@ def resolved(recipe: AnyRecipe) -> str:
 
 def entrypoint(sent: Sent) -> str:
     """The shell command of a job; exec, so that a stop reaches the driver itself."""
-    resume = ["--resume", str(sent.resume)] if sent.resume is not None else []
+    resume = ["--resume", sent.resume] if sent.resume is not None else []
     return "exec " + shlex.join([sent.python, "-m", PACKAGE, *resume])
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.atomic import replace_text
+
 logger = logging.getLogger(__name__)
 
 PACKAGES = {
@@ -57,9 +59,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [row for row in self.read() if row["step"] <= step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        scratch.replace(self.path)
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Tracker(Protocol):
@@ -170,9 +170,9 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
     for line in data.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(row, dict) and "step" in row and "kind" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
             rows.append(row)
     return rows
 

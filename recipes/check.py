@@ -13,6 +13,7 @@ from recipes.derived import needed, text_algorithm
 from recipes.errors import RecipeError, nearest
 from recipes.schema import AnyRecipe, DistillRecipe, Recipe
 from recipes.source import Loaded
+from recipes.storage_url import storage_problem
 from rl.catalogue import FlowAlgorithmConfig, TextAlgorithmConfig
 from rl.flash_grpo import FlashGRPOConfig
 from rl.flow_grpo_fast import FlowGRPOFastConfig
@@ -53,6 +54,7 @@ def check(loaded: Loaded[AnyRecipe], gpus: int, filling: bool = False) -> None:
             _policy(recipe),
             _rewards(recipe),
             _resources(recipe, gpus),
+            _storage(recipe),
         )
         for key, message in group
     ]
@@ -65,7 +67,7 @@ def _own(recipe: AnyRecipe, filling: bool) -> list[Iterator[tuple[str, str]]]:
     if isinstance(recipe, DistillRecipe):
         return [distillation(recipe), *([] if filling else [stored_samples(recipe)])]
     kinds = [_kinds(recipe), _decoding(recipe), _timesteps(recipe), _noised(recipe), _sizes(recipe)]
-    return [*kinds, _answers(recipe), comparison(recipe)]
+    return [*kinds, _overlap(recipe), _answers(recipe), comparison(recipe)]
 
 
 def _kinds(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -210,6 +212,42 @@ def _sizes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
+def _overlap(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What trains while samples are drawn has a place of its own; parts do not depend on others."""
+    parts, rl, key = recipe.schedule.parts, recipe.rl, "schedule.parts"
+    overlaps = recipe.schedule.stale or parts > 1
+    if recipe.cluster.colocated and recipe.learner.gpus and overlaps:
+        yield (
+            "cluster.colocated",
+            "rollout actors and learner ranks would work on the same GPUs at the same time; false, or "
+            "schedule.mode sync without parts",
+        )
+    groups, ranks = recipe.rollout.prompts_per_step, recipe.learner.ranks
+    if parts == 1:
+        return
+    if recipe.schedule.stale:
+        yield key, f"schedule.mode {recipe.schedule.mode} draws whole sets ahead; leave it out"
+    if groups % parts or (groups // parts) % ranks:
+        yield (
+            key,
+            f"{groups} groups (rollout.prompts_per_step) do not divide into {parts} parts for "
+            f"{ranks} ranks",
+        )
+    if not rl.on_policy or rl.dipod is not None:
+        yield key, "rl.minibatches, rl.epochs and rl.dipod take the whole set; leave it out"
+    if rl.advantages.std == "global":
+        yield (
+            "rl.advantages.std",
+            f"global is the whole set's, which schedule.parts {parts} does not wait for; give group or "
+            "none",
+        )
+    if isinstance(rl, TextSettings) and text_algorithm(recipe).per_token:
+        yield (
+            key,
+            f"rl.kind {rl.kind} weighs completions by the whole set's tokens; leave it out",
+        )
+
+
 def _policy(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     try:
         names = recipe.policy.linear_names()
@@ -309,3 +347,9 @@ def _resources(recipe: AnyRecipe, gpus: int) -> Iterator[tuple[str, str]]:
     if need > gpus:
         key = "workers.gpus" if recipe.workers.gpus else "learner.gpus"
         yield key, f"the recipe needs {need:g} GPUs and this machine has {gpus}"
+
+
+def _storage(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+    url = recipe.checkpoints.storage
+    if url is not None and (problem := storage_problem(url)):
+        yield "checkpoints.storage", problem

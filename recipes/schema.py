@@ -154,6 +154,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid"):
         default=None,
         description="An evaluation metric; the checkpoint where it was highest is kept.",
     )
+    storage: str | None = Field(
+        default=None,
+        description="Copy checkpoints to this s3://, gs://, hdfs:// or file:// URL, in a directory of "
+        "the run's name; default: they are in the run directory only.",
+    )
 
 
 class TeacherRolloutConfig(FlowSamplerConfig, frozen=True, extra="forbid"):

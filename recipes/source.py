@@ -133,8 +133,9 @@ def _merge(base: Any, over: Any, key: Key, where: dict[Key, Location]) -> Any:
 
 
 def _override(tree: Tree, override: str) -> None:
-    at = Location(f"--set {override}")
     name, equals, text = override.partition("=")
+    # Without the value, which may be long, and may hold what a message must not show.
+    at = Location(f"--set {name}=..." if equals else f"--set {override}")
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError(

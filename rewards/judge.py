@@ -25,10 +25,10 @@ from rewards.judge_engines import (
     Engine,
     Sampling,
     VllmEngine,
-    wrong_key,
     wrong_url,
 )
 from rewards.judge_scoring import JudgeScores, compiled
+from rewards.keys import wrong_key
 from rewards.published import missing_model
 
 FILES = (".j2", ".jinja", ".txt")

@@ -10,9 +10,7 @@ Run as a program this module answers what comes through a connection, with vLLM:
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
+from rewards.keys import hidden
+
 if TYPE_CHECKING:
     import requests
 
@@ -37,8 +37,6 @@ CHUNK = 1 << 16
 SHOWN = 200
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
-VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-KEY = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,8 @@ class EndpointEngine:
             with self._session.post(
                 self.url, json=request, timeout=self.timeout, allow_redirects=False, stream=True
             ) as response:
-                body = _limited(response)
+                # Here, so that an answer that repeats the key is nowhere shown or written either.
+                body = self._hidden(_limited(response))
         except requests.ReadTimeout as error:
             # Repeated it would be computed, and paid for, twice at a time.
             raise ValueError(
@@ -196,8 +195,12 @@ class EndpointEngine:
         return ValueError(message)
 
     def _shown(self, text: str) -> str:
-        """The first characters of a foreign text, without the key, which servers may repeat."""
-        return shown(text.replace(self._key, "***") if self._key else text)
+        """The first characters of a foreign text."""
+        return shown(self._hidden(text))
+
+    def _hidden(self, text: str) -> str:
+        """A foreign text without the key, which servers may repeat."""
+        return hidden(text, self._key) if self._key else text
 
 
 class VllmEngine:
@@ -251,25 +254,6 @@ def wrong_url(endpoint: str) -> str | None:
         return "field 'endpoint' has a user or a query in it; name the key with 'api_key_env'"
     if url.scheme not in ("http", "https") or not url.hostname:
         return f"field 'endpoint' is {endpoint!r}, not a base URL of http or https; {remedy}"
-    return None
-
-
-def wrong_key(variable: str | None) -> str | None:
-    """Why field ``api_key_env`` leads to no key; None if it does, or there is none."""
-    if variable is None:
-        return None
-    if not VARIABLE.fullmatch(variable):  # not shown: it may be the key itself
-        return (
-            "field 'api_key_env' is no NAME of an environment variable (capitals, digits and _); "
-            "never put the key itself into a recipe"
-        )
-    key = os.environ.get(variable, "")
-    if not key:
-        return (
-            f"field 'api_key_env': the environment variable {variable} is not set here; export it"
-        )
-    if not KEY.fullmatch(key):
-        return f"the key in the environment variable {variable} has spaces or is not ASCII"
     return None
 
 

@@ -24,6 +24,8 @@ def pretrained(kind: Any, name: str, **options: Any) -> Any:
         ValueError: it cannot be had, with the remedy.
     """
     path = Path(name).expanduser()
+    if kind.__name__.startswith("Auto"):  # else it asks on the terminal whether to run a hub's code
+        options["trust_remote_code"] = False
     try:
         return kind.from_pretrained(str(path) if path.exists() else name, **options)
     except OSError as error:

@@ -5,6 +5,9 @@
     async            sets up to s + max_staleness are under way while set s trains; every job takes
                      the newest weights there are when it starts
 
+With ``parts`` the learner works on the first groups of a set while its last are sampled: gradients
+accumulate over parts and nothing is older than in sync.
+
 A set is the groups of its step, whatever finishes first, so each sample is used exactly once. The
 first two are functions of (seed, step), to the bit; in the third only the versions depend on timing,
 and none is older than ``max_staleness`` steps: a job of set s starts after step s - max_staleness.
@@ -34,6 +37,13 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid"):
         default=2, ge=1, description="async: a set is sampled at most so many steps ahead."
     )
 
+    parts: int = Field(
+        default=1,
+        ge=1,
+        description="sync: a set is sampled, scored and accumulated in so many parts, so that the "
+        "learner works while the rest is sampled; one optimiser step all the same.",
+    )
+
     @property
     def ahead(self) -> int:
         """How many sets are drawn before the one that trains is done."""
@@ -45,37 +55,50 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid"):
         return self.ahead > 0
 
     @property
+    def threads(self) -> int:
+        """How many sets or parts are drawn beside the training."""
+        # With one more than are ahead, one is collected while another starts.
+        return self.ahead + 1 if self.ahead else self.parts if self.parts > 1 else 0
+
+    def until(self, number: int) -> int:
+        """What may be under way while ``number`` is taken: the rest of its set, or later sets."""
+        if self.ahead:
+            return number + self.ahead
+        return (number // self.parts + 1) * self.parts - 1
+
+    @property
     def pinned(self) -> bool:
         """Whether the weights of a set are settled before it is drawn."""
         return self.mode != "async"
 
 
 class Ahead(Generic[Set]):
-    """Draws sets in order, up to ``ahead`` before they are asked for."""
+    """Draws sets, or parts of sets, in order and before they are asked for."""
 
-    def __init__(self, draw: Callable[[int, Any], Set], ahead: int, first: int, last: int) -> None:
-        """``draw(step, weights)``: a whole set; called from threads unless ``ahead`` is 0.
+    def __init__(
+        self, draw: Callable[[int, Any], Set], threads: int, first: int, last: int
+    ) -> None:
+        """``draw(number, weights)``: all of one; called from ``threads`` threads, or the caller's (0).
 
-        ``first``, ``last``: the steps of the run that are left, ``last`` excluded.
+        ``first``, ``last``: the numbers of the run that are left, ``last`` excluded.
         """
-        self._draw, self._ahead, self._next, self._last = draw, ahead, first, last
+        self._draw, self._next, self._last = draw, first, last
         self._pending: deque[Future[Set]] = deque()
-        # A set waits for its actors most of its time; with two, one is collected as another starts.
-        self._threads = ThreadPoolExecutor(ahead + 1, "rollout set") if ahead else None
+        self._threads = ThreadPoolExecutor(threads, "rollout set") if threads else None
 
     def start(self, until: int, weights: Any) -> None:
-        """Begin with all sets up to ``until`` that are not under way, drawn by ``weights``."""
+        """Begin with all up to ``until`` that are not under way, drawn by ``weights``."""
         if self._threads is None:
             return
         while self._next <= min(until, self._last - 1):
             self._pending.append(self._threads.submit(self._draw, self._next, weights))
             self._next += 1
 
-    def take(self, step: int, weights: Any) -> Set:
-        """The set of ``step``, the next in order; what comes after it is begun."""
+    def take(self, number: int, until: int, weights: Any) -> Set:
+        """``number``, the next in order; those up to ``until`` are begun."""
         if self._threads is None:
-            return self._draw(step, weights)
-        self.start(step + self._ahead, weights)
+            return self._draw(number, weights)
+        self.start(until, weights)
         return self._pending.popleft().result()
 
     def close(self) -> None:

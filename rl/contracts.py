@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from rewards.calling import Scores
 from rl.items import Item
 from rollout.draws import Group
@@ -82,6 +84,21 @@ class Update:
     backwards: int
     seconds: tuple[float, ...]
 
+    @staticmethod
+    def joined(updates: Sequence[Update]) -> Update:
+        """Of ranks or of calls, one after the other; one without rows may lack columns."""
+        columns = {key: None for update in updates for key in update.table}
+        return Update(
+            table={
+                key: np.concatenate([u.table[key] for u in updates if key in u.table])
+                for key in columns
+            },
+            grad_norms=tuple(norm for update in updates for norm in update.grad_norms),
+            forwards=sum(update.forwards for update in updates),
+            backwards=sum(update.backwards for update in updates),
+            seconds=tuple(second for update in updates for second in update.seconds),
+        )
+
 
 class RolloutPool(Protocol):
     """Workers that sample groups."""
@@ -133,7 +150,12 @@ class Learner(Protocol):
     """The ranks that train."""
 
     def update(self, steps: Sequence[Sequence[Item]]) -> Update:
-        """One optimiser step per entry of ``steps``, each over all of its items."""
+        """One optimiser step per entry of ``steps``, each over all of its items; the first also over
+        what was accumulated."""
+        ...
+
+    def accumulate(self, items: Sequence[Item]) -> Update:
+        """Gradients of ``items`` for the next optimiser step."""
         ...
 
     def replay(self, items: Sequence[Item]) -> Mapping[str, Any]:

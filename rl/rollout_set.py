@@ -13,14 +13,19 @@ from rl.items import Item
 
 
 def optimiser_steps(
-    scored: Sequence[Scored], weights: Mapping[str, float], algorithm: Algorithm[Any], step: int
+    scored: Sequence[Scored],
+    weights: Mapping[str, float],
+    algorithm: Algorithm[Any],
+    step: int,
+    share: float = 1.0,
 ) -> tuple[list[list[Item]], Metrics]:
     """The items of every optimiser step of a rollout set, and the rewards' metrics.
 
     Groups are dealt to ``minibatches`` and repeated for ``epochs``; a step that only distils (DiPOD's
     alternating form) takes all groups ``dipod.steps`` times. Losses are means over all scored samples
     of a minibatch; a group that would add exactly 0 to it is not sent and only counted in the
-    denominator. A step left without items is no optimiser step.
+    denominator. A step left without items is no optimiser step. ``share``: of an optimiser step that
+    ``scored`` is, where it is a part of a set.
     """
     config = algorithm.config
     rewards = {
@@ -46,7 +51,7 @@ def optimiser_steps(
             algorithm,
             epoch,
             coefficient,
-            1.0,
+            share,
         )
         for epoch in range(config.epochs)
         for part in range(config.minibatches)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rl.ahead import Ahead, ScheduleConfig
 from rl.algorithm import Algorithm
-from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scored, Scorer
+from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scored, Scorer, Update
 from rl.evaluate import Evaluation
 from rl.items import Item
 from rl.metrics import length_metrics, staleness_metrics
@@ -49,7 +49,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RolloutSet:
-    """All groups of a step, scored; ``asked`` of them were drawn, in this wall time."""
+    """All groups of a step or of a part of it, scored; ``asked`` were drawn, in this wall time."""
 
     scored: list[Scored]
     asked: int
@@ -78,93 +78,130 @@ class Trainer:
     before: Any = None
     weights: Any = field(default=None, init=False)
     proved: bool = field(default=False, init=False)
+    restarts: int = field(default=0, init=False)
 
     def train(self) -> None:
         """Train to the last step, or to the end of the one in which the user interrupts."""
         if self.step == 0:
             self._evaluate()
-        self._publish()
-        overlap = self.schedule.overlap
-        sets = Ahead(self._draw, overlap.ahead, self.step, self.schedule.steps)
+        self.publish()
+        sets = self.sets()
         try:
-            if overlap.pinned and self.before is not None:
-                sets.start(self.step, self.before)
             while self.step < self.schedule.steps and not self.run.interrupted():
-                started = time.perf_counter()
-                drawn = sets.take(self.step, self.weights)
-                taken = time.perf_counter()
-                steps, metrics = self._optimiser_steps(drawn)
-                metrics |= self._update(steps)
-                self.step += 1
-                synced = time.perf_counter()
-                self.before = self.weights
-                self._publish()
-                done = time.perf_counter()
-                metrics |= {
-                    "time/wait": taken - started,
-                    "time/sync": done - synced,
-                    "time/step": done - started,
-                }
+                metrics = self.advance(sets)
                 self.run.log(self.step, metrics)
                 self._evaluate_and_save()
         finally:
             self.pool.cancel()
             sets.close()
 
-    def _publish(self) -> None:
+    def sets(self) -> Ahead[RolloutSet]:
+        """What draws the sets, or parts of sets, that are left."""
+        overlap = self.schedule.overlap
+        first, last = self.step * overlap.parts, self.schedule.steps * overlap.parts
+        sets = Ahead(self._draw, overlap.threads, first, last)
+        if overlap.pinned and self.before is not None:
+            sets.start(first, self.before)
+        return sets
+
+    def publish(self) -> None:
+        """The learner's weights are those that draw from now on."""
         self.weights = self.learner.publish(self.step)
         self.pool.load(self.weights)
 
-    def _draw(self, step: int, weights: Any) -> RolloutSet:
-        """The set of ``step``: a function of (seed, step) and the weights."""
+    def advance(self, sets: Ahead[RolloutSet]) -> Metrics:
+        """One step: a set, what it teaches, the new weights."""
+        started = time.perf_counter()
+        metrics = self._train_set(sets)
+        self.step += 1
+        synced = time.perf_counter()
+        self.before = self.weights
+        self.publish()
+        done = time.perf_counter()
+        return metrics | {"time/sync": done - synced, "time/step": done - started}
+
+    def _train_set(self, sets: Ahead[RolloutSet]) -> Metrics:
+        """One rollout set, each part when it is there; the last part ends the optimiser step."""
+        parts = self.schedule.overlap.parts
+        drawn: list[RolloutSet] = []
+        updates: list[Update] = []
+        waited = learned = 0.0
+        metrics: Metrics = {}
+        for number in range(self.step * parts, (self.step + 1) * parts):
+            started = time.perf_counter()
+            drawn.append(sets.take(number, self.schedule.overlap.until(number), self.weights))
+            taken = time.perf_counter()
+            scored = drawn[-1].scored
+            steps, found = optimiser_steps(
+                scored, self.schedule.weights, self.algorithm, self.step, 1 / parts
+            )
+            metrics |= self._prove(scored, steps)
+            began = time.perf_counter()
+            if len(drawn) < parts and steps:
+                updates.append(self.learner.accumulate(steps[0]))
+            elif len(drawn) == parts and (steps or updates):
+                updates.append(self.learner.update(steps or [[]]))
+            waited, learned = waited + taken - started, learned + time.perf_counter() - began
+            metrics = found | metrics
+        metrics |= self._describe(drawn, updates)
+        return metrics | {"time/wait": waited, "time/learn": learned}
+
+    def _draw(self, number: int, weights: Any) -> RolloutSet:
+        """A set, or a part of one: a function of (seed, step) and the weights."""
         s, started = self.schedule, time.perf_counter()
+        step, part = divmod(number, s.overlap.parts)
         groups = groups_for(
             self.prompts, seed=s.seed, step=step, count=s.prompts_per_step, size=s.group_size
         )
-        plans = self.algorithm.plans(step, groups)
-        sampling = _Timed(self.pool.generate(groups, plans, weights if s.overlap.pinned else None))
+        size = s.prompts_per_step // s.overlap.parts
+        span = slice(part * size, (part + 1) * size)
+        plans = self.algorithm.plans(step, groups)[span]
+        pinned = weights if s.overlap.pinned else None
+        sampling = _Timed(self.pool.generate(groups[span], plans, pinned))
         scored = self.scorer.score(sampling)
         done = time.perf_counter()
-        return RolloutSet(
-            scored, len(groups), sampling.finished - started, done - sampling.finished
-        )
+        return RolloutSet(scored, len(plans), sampling.finished - started, done - sampling.finished)
 
-    def _optimiser_steps(self, drawn: RolloutSet) -> tuple[list[list[Item]], Metrics]:
-        s, scored = self.schedule, drawn.scored
-        steps, metrics = optimiser_steps(scored, s.weights, self.algorithm, self.step)
-        metrics |= length_metrics("rollout", [group.sample for group in scored])
-        metrics |= {
-            "time/rollout": drawn.rollout_seconds,
-            "time/reward": drawn.reward_seconds,
-            "work/rollout_forwards": float(sum(group.sample.forwards for group in scored)),
-            "busy/rollout": sum(group.sample.seconds for group in scored),
+    def _prove(self, scored: Sequence[Scored], steps: list[list[Item]]) -> Metrics:
+        """Before the first step the learner scores what the sampler drew as the sampler did."""
+        # Weights that lag behind the trained ones agree with them before the first step only, and
+        # older weights never do.
+        fresh = all(group.sample.version == self.step for group in scored)
+        lags = self.algorithm.lags and self.step > 0
+        proved, self.proved = self.proved, self.proved or bool(steps)
+        if proved or not steps or not fresh or lags:
+            return {}
+        return self.algorithm.check_drift(self.learner.replay(steps[0]), self.schedule.dtype)
+
+    def _describe(self, drawn: Sequence[RolloutSet], updates: Sequence[Update]) -> Metrics:
+        """What a set was and what training on it took."""
+        scored = [group for part in drawn for group in part.scored]
+        samples = [group.sample for group in scored]
+        lost, self.restarts = self.pool.restarts - self.restarts, self.pool.restarts
+        metrics = length_metrics("rollout", samples) | {
+            "time/rollout": sum(part.rollout_seconds for part in drawn) / len(drawn),
+            "time/reward": sum(part.reward_seconds for part in drawn) / len(drawn),
+            "work/rollout_forwards": float(sum(sample.forwards for sample in samples)),
+            "busy/rollout": sum(sample.seconds for sample in samples),
             "busy/reward": self.scorer.take_seconds(),
-            "rollout/dropped_groups": float(drawn.asked - len(scored)),
-            "rollout/restarts": float(self.pool.restarts),
+            "rollout/dropped_groups": float(sum(part.asked for part in drawn) - len(scored)),
+            "rollout/restarts": float(lost),
+            "optimizer_steps": float(sum(len(update.grad_norms) for update in updates)),
         }
-        if s.overlap.stale:
-            metrics |= staleness_metrics([group.sample for group in scored], self.step)
-        if not self.proved and steps:
-            self.proved = True
-            # Weights that lag behind the trained ones agree with them before the first step only,
-            # and older weights never do.
-            fresh = all(group.sample.version == self.step for group in scored)
-            if fresh and (self.step == 0 or not self.algorithm.lags):
-                table = self.learner.replay(steps[0])
-                metrics |= self.algorithm.check_drift(table, s.dtype)
-        return steps, metrics
-
-    def _update(self, steps: list[list[Item]]) -> Metrics:
-        started = time.perf_counter()
-        metrics: Metrics = {"optimizer_steps": float(len(steps))}
-        if steps:
-            update = self.learner.update(steps)
-            metrics |= self.algorithm.metrics(update.table)
-            metrics["grad_norm"] = sum(update.grad_norms) / len(update.grad_norms)
-            metrics["work/learner_forwards"] = float(update.forwards)
-            metrics["work/backwards"] = float(update.backwards)
-            metrics["busy/learner"] = sum(update.seconds)
-        return metrics | {"time/learn": time.perf_counter() - started}
+        if self.schedule.overlap.stale:
+            metrics |= staleness_metrics(samples, self.step)
+        if len(drawn) > 1:
+            metrics |= optimiser_steps(
+                scored, self.schedule.weights, self.algorithm, self.step
+            )[1]  # fmt: skip
+        if updates:
+            whole = Update.joined(updates)
+            metrics |= self.algorithm.metrics(whole.table)
+            metrics["grad_norm"] = sum(whole.grad_norms) / len(whole.grad_norms)
+            metrics["work/learner_forwards"] = float(whole.forwards)
+            metrics["work/backwards"] = float(whole.backwards)
+            metrics["busy/learner"] = sum(whole.seconds)
+        return metrics
 
     def _evaluate_and_save(self) -> None:
         s, step = self.schedule, self.step

@@ -67,7 +67,9 @@ class PromptEmbeddings(ABC):
 
     @cached_property
     def _encoder(self) -> Any:
-        encoder = self._component("text_encoder", dtype=getattr(torch, self._dtype))
+        encoder = self._component(
+            "text_encoder", dtype=getattr(torch, self._dtype), use_safetensors=True
+        )
         return encoder.eval().requires_grad_(False)
 
     def _component(self, name: str, **options: Any) -> Any:

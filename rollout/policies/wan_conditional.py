@@ -41,7 +41,9 @@ class WanPolicy(FlowPolicy):
 
         self.config = config
         self.conditions: dict[str, Any] = json.loads((directory / "conditions.json").read_text())
-        transformer: Any = WanTransformer3DModel.from_pretrained(directory / "transformer")
+        transformer: Any = WanTransformer3DModel.from_pretrained(
+            directory / "transformer", use_safetensors=True
+        )
         module = prepare_transformer(transformer, config, seed).to(device)
         super().__init__(module, adapted=config.lora is not None, reference=reference)
         self.latent_shape = tuple(self.conditions["latent_shape"])

@@ -126,7 +126,9 @@ class WanPipelinePolicy(PipelinePolicy):
         self.latent_shape = latent_shape(vae, config)
         networks: dict[str, Any] = {}
         for offset, name in enumerate(network_names(index)):
-            network: Any = WanTransformer3DModel.from_pretrained(directory / name)
+            network: Any = WanTransformer3DModel.from_pretrained(
+                directory / name, use_safetensors=True
+            )
             networks[name] = prepare_transformer(network, config, seed + offset)
         first = networks["transformer"]
         module: Any = first if len(networks) == 1 else _Two(networks)
@@ -192,7 +194,7 @@ class WanPipelinePolicy(PipelinePolicy):
         """In fp32, as published; decoded one sample and one tile (of 256 pixels) at a time."""
         from diffusers import AutoencoderKLWan
 
-        vae: Any = AutoencoderKLWan.from_pretrained(self.directory / "vae")
+        vae: Any = AutoencoderKLWan.from_pretrained(self.directory / "vae", use_safetensors=True)
         vae.enable_slicing()
         vae.enable_tiling()
         return vae.eval().requires_grad_(False).to(self.device)

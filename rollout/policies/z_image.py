@@ -250,7 +250,9 @@ class ZImagePolicy(PipelinePolicy):
         index = pipeline_index(directory, PIPELINE)
         self.config, self.negative_prompt = config, config.negative_prompt
         self.latent_shape = config.latent()
-        network: Any = ZImageTransformer2DModel.from_pretrained(directory / "transformer")
+        network: Any = ZImageTransformer2DModel.from_pretrained(
+            directory / "transformer", use_safetensors=True
+        )
         module = prepare_transformer(network, config, seed).to(device)
         embeddings = shared_embeddings(
             Qwen3Embeddings, directory.resolve(), config.dtype, torch.device(device)
@@ -286,7 +288,7 @@ class ZImagePolicy(PipelinePolicy):
         """In fp32; decoded one sample at a time, above 1024 pixels in tiles."""
         from diffusers import AutoencoderKL
 
-        vae: Any = AutoencoderKL.from_pretrained(self.directory / "vae")
+        vae: Any = AutoencoderKL.from_pretrained(self.directory / "vae", use_safetensors=True)
         vae.enable_slicing()
         vae.enable_tiling()
         return vae.eval().requires_grad_(False).to(self.device)

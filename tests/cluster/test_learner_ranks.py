@@ -100,6 +100,14 @@ def test_ranks_train_like_plain_pytorch(digits_recipe, placement, tmp_path: Path
             assert np.sort(update.table["loss"]) == pytest.approx(
                 np.sort(expected.table["loss"]), abs=1e-4
             )
+            # The same in parts: the rest of a step, and nothing at all, end it.
+            for items, parts in ((steps[0], (2, 3)), (steps[1], (3, 3))):
+                whole = reference.update([items])
+                first = learner.accumulate(items[: parts[0]])
+                rest = learner.update([items[parts[0] : parts[1]]])
+                assert first.grad_norms == ()
+                assert rest.grad_norms == pytest.approx(whole.grad_norms, rel=2e-3)
+            assert_close(arrays(learner), arrays(reference), 3e-4)
         finally:
             learner.stop()
 

@@ -110,6 +110,22 @@ def test_a_run_ahead_is_another_run_than_in_sync(digits_recipe: Make, tmp_path: 
     ]  # fmt: skip
 
 
+def test_a_set_in_parts_is_the_same_optimiser_step(digits_recipe: Make, tmp_path: Path):
+    settings = ["rl.advantages={std: group}", "rollout.batch_size=2", "learner.micro_batch=2",
+                "optimizer.learning_rate=1e-3", "steps=3"]  # fmt: skip
+    for parts in (1, 2, 4):
+        recipe = digits_recipe(*SMALL, *settings, f"schedule={{parts: {parts}}}")
+        run_locally(recipe, tmp_path / str(parts), Console(quiet=True))
+    whole, *others = [rows(tmp_path / str(parts)) for parts in (1, 2, 4)]
+    for other in others:
+        for a, b in zip(whole, other, strict=True):
+            assert a.keys() == b.keys()
+            assert {k: b[k] for k in a if k != "kind"} == pytest.approx(
+                {k: v for k, v in a.items() if k != "kind"}, rel=1e-3, abs=1e-5
+            )
+    assert [row["optimizer_steps"] for row in others[1]] == [1.0] * 3
+
+
 @pytest.fixture(scope="module")
 def ray_pool(digits_recipe: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two actors on a real Ray."""

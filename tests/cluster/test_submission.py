@@ -345,7 +345,7 @@ def test_the_recipe_travels_whole_and_variables_in_a_file_of_their_own(
 ):
     monkeypatch.setenv("RECTIFY_TEST_SECRET", SECRET)
     values = variables(["RECTIFY_TEST_SECRET"])
-    sent = Sent("one", recipe, values, tmp_path, Path("/runs/a b"), "python3")
+    sent = Sent("one", recipe, values, tmp_path, "/runs/a b", "python3")
     package = stage(tmp_path, sent)
     assert load(package / "recipe.yaml", Recipe).value == recipe
     assert traces(package, SECRET) == {"variables.json"}

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from cluster import timeline
+from cluster.report import write_report
+from cluster.report_actors import actors
 from cluster.timeline import Span, Timeline, attempt_timeline, busy, files, read
 
 ORIGIN = 1_800_000_000.0
@@ -123,6 +125,29 @@ def test_a_long_run_is_cut_into_files_that_each_stand_alone(tmp_path: Path, monk
     tail = read(parts[:1], last=700).spans["learner-0"]
     assert 0 < len(tail) < 10
     assert tail[-1] == read(parts[:1]).spans["learner-0"][-1]
+
+
+def test_a_report_has_the_idle_time_of_each_actor_over_all_attempts(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("name: x")
+    for busy_for in (3, 1):  # two attempts of 4 s
+        line = attempt_timeline(tmp_path)
+        line.span("learner-0", "update", ORIGIN, busy_for)
+        line.span("rollout-10", "generate", ORIGIN, 4)
+        line.span("rollout-9", "generate", ORIGIN + 1, 1)
+        line.instant("rollout-9", "restart", ORIGIN + 2)
+        line.instant("driver", "step", ORIGIN + 4)
+        line.close()
+    found = {a.name: (round(a.busy, 6), round(a.idle, 6), a.events) for a in actors(tmp_path)}
+    assert list(found) == ["learner-0", "rollout-9", "rollout-10"]
+    assert found == {
+        "learner-0": (4, 0.5, {}),
+        "rollout-9": (2, 0.75, {"restart": 2}),
+        "rollout-10": (8, 0, {}),
+    }
+    page = write_report(tmp_path).read_text()
+    for attempt in (1, 2):
+        assert f'href="logs/attempt-{attempt}/timeline.json"' in page
+    assert "50.0 %" in page and "restart 2" in page and "perfetto" in page
 
 
 def test_every_attempt_has_a_timeline_of_its_own(tmp_path: Path):

@@ -18,8 +18,9 @@ from rewards import judge_engines
 from rewards.calling import Scores, call_reward
 from rewards.environment import python_of
 from rewards.judge import Judge, VllmJudge
-from rewards.judge_engines import Answer, Token, wrong_key, wrong_url
+from rewards.judge_engines import Answer, Token, wrong_url
 from rewards.judge_scoring import data_uri, expected_score, text_of, written_score
+from rewards.keys import wrong_key
 from rewards.serving import EnvironmentProcess
 from tests.rewards.judge_server import (
     JudgeModel,

@@ -35,8 +35,8 @@ class Drawn:
 
 def train(ahead: int, steps: int) -> tuple[list[int], list[tuple[int, str]]]:
     drawn = Drawn()
-    sets = Ahead(drawn, ahead, 0, steps)
-    taken = [sets.take(step, f"v{step}") for step in range(steps)]
+    sets = Ahead(drawn, ahead + 1 if ahead else 0, 0, steps)
+    taken = [sets.take(step, step + ahead, f"v{step}") for step in range(steps)]
     sets.close()
     return taken, sorted(drawn.asked)
 
@@ -67,20 +67,20 @@ def test_further_ahead_no_set_is_older_than_allowed_and_none_is_drawn_twice(ahea
 
 def test_the_next_set_is_under_way_while_one_trains():
     drawn = Drawn()
-    sets = Ahead(drawn, 1, 0, 5)
-    sets.take(0, "v0")
+    sets = Ahead(drawn, 2, 0, 5)
+    sets.take(0, 1, "v0")
     drawn.held.clear()
     assert drawn.wait_for(2) == [(0, "v0"), (1, "v0")]  # set 0 trains now
     drawn.held.set()
-    assert sets.take(1, "v1") == 1
+    assert sets.take(1, 2, "v1") == 1
     sets.close()
 
 
 def test_a_set_that_older_weights_shall_draw_is_begun_with_them():
     drawn = Drawn()
-    sets = Ahead(drawn, 1, 3, 6)
+    sets = Ahead(drawn, 2, 3, 6)
     sets.start(3, "v2")
-    assert sets.take(3, "v3") == 3
+    assert sets.take(3, 4, "v3") == 3
     assert drawn.wait_for(2) == [(3, "v2"), (4, "v3")]
     sets.close()
 
@@ -89,9 +89,9 @@ def test_an_error_of_a_set_is_raised_where_it_is_taken():
     def fail(step: int, weights: str) -> int:
         raise ValueError(f"set {step}")
 
-    sets = Ahead(fail, 1, 0, 3)
+    sets = Ahead(fail, 2, 0, 3)
     with pytest.raises(ValueError, match="set 0"):
-        sets.take(0, "v0")
+        sets.take(0, 1, "v0")
     sets.close()
 
 
@@ -103,3 +103,11 @@ def test_modes_say_how_far_they_run_ahead():
     assert ScheduleConfig(mode="async", max_staleness=5).ahead == 5
     assert [config.pinned for config in modes.values()] == [True, True, False]
     assert [config.stale for config in modes.values()] == [False, True, True]
+
+
+def test_parts_of_a_set_are_under_way_together_and_never_those_of_the_next():
+    config = ScheduleConfig(parts=4)
+    assert config.threads == 4
+    assert [config.until(number) for number in range(9)] == [3, 3, 3, 3, 7, 7, 7, 7, 11]
+    assert [ScheduleConfig(mode="async").until(number) for number in range(3)] == [2, 3, 4]
+    assert [ScheduleConfig().until(number) for number in range(3)] == [0, 1, 2]
