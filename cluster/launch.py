@@ -127,7 +127,7 @@ def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, lo
                 learner.stop()
                 return
             except (LearnerLost, ObjectLostError) as error:
-                learner.stop()
+                learner.stop(lost=True)
                 lost = "samples" if isinstance(error, ObjectLostError) else "learner"
                 why = str(error).splitlines()[0]
                 if attempt == recipe.cluster.max_restarts:

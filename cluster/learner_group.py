@@ -22,7 +22,7 @@ from cluster.distill_rank import build_rank
 from cluster.jobs import AnyItem, place_replays
 from cluster.logs import log_to
 from cluster.ray_cluster import LOST, TIMEOUT, Placement, actor_options, share_of
-from cluster.stacks import keep_stacks
+from cluster.stacks import end_processes, keep_stacks
 from cluster.timeline import Timeline
 from cluster.weights import Weights
 from recipes.schema import AnyRecipe, recipe_from_json
@@ -174,8 +174,10 @@ class RayLearner:
         calls = [rank.restore.remote(directory) for rank in self.ranks]
         self._get(calls, self.recipe.cluster.job_timeout)
 
-    def stop(self) -> None:
-        """End all ranks' processes."""
+    def stop(self, lost: bool = False) -> None:
+        """End all ranks' processes; ``lost``: though one may not hear of it."""
+        if lost:
+            end_processes(self.ranks)
         for rank in self.ranks:
             ray.kill(rank)
 
@@ -184,14 +186,13 @@ class RayLearner:
 
         Raises:
             LearnerLost: a process is gone, or its peers noticed that it is; the deadline passed (the
-                stacks are kept and the ranks ended); or a node took along what they were to replay.
+                stacks are kept); or a node took along what they were to replay.
         """
         try:
             return ray.get(calls, timeout=timeout)
         except TIMEOUT as error:
             names = {f"learner-{index}": rank for index, rank in enumerate(self.ranks)}
             keep_stacks(names, self.log_dir)
-            self.stop()
             raise LearnerLost(f"its ranks gave no answer within {timeout:g} s") from error
         except ObjectLostError as error:
             raise LearnerLost("samples were lost with the node that held them") from error

@@ -22,7 +22,7 @@ from ray.exceptions import ObjectLostError
 
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
-from cluster.stacks import keep_stacks
+from cluster.stacks import end_processes, keep_stacks
 from cluster.timeline import Timeline
 from cluster.workers import RewardWorker
 from recipes.schema import AnyRecipe
@@ -185,6 +185,7 @@ class RayScorer:
                 logger.warning("%s: attempt %d: no answer in time", track, attempt + 1)
                 replica = call.served.replicas[call.replica]
                 keep_stacks({track: replica}, self.log_dir)
+                end_processes([replica])
                 ray.kill(replica, no_restart=False)
                 if attempt == config.retries:
                     raise

@@ -11,7 +11,7 @@ import ray
 from cluster.dispatch import Dispatcher
 from cluster.fleet import Event, Fleet, Member
 from cluster.ray_cluster import Placement, actor_options, share_of
-from cluster.stacks import keep_stacks
+from cluster.stacks import end_processes, keep_stacks
 from cluster.timeline import Timeline
 from cluster.weights import Weights
 from cluster.workers import Health, Record, RolloutWorker
@@ -99,6 +99,7 @@ class RayRolloutPool:
         name = f"rollout-{member.index}"
         if event == "hung":
             keep_stacks({name: member.handle}, self.log_dir)
+            end_processes([member.handle])
         if self.timeline is not None:
             self.timeline.instant(name, event, time.time())
 

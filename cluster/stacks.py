@@ -1,7 +1,9 @@
-"""What a process that gives no answer is doing: its stack, taken where it runs, kept in the run's logs.
+"""What a process that gives no answer is doing, kept in the run's logs; and its end.
 
 py-spy reads it from outside, so a process that hangs in C code or is stopped tells it too. Where that
 is forbidden (containers without SYS_PTRACE) the process is asked by a signal, which ``log_to`` answers.
+
+``ray.kill`` asks the process itself; one that is stopped may never hear it, and keeps its cores.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 DEADLINE = 40.0
 ATTEMPT = 10.0
 WRITING = 2.0
+# Seconds in which a process that Ray was told to end does so by itself.
+GRACE = 8.0
 
 
 def keep_stacks(actors: Mapping[str, Any], log_dir: str) -> list[Path]:
@@ -41,11 +45,9 @@ def keep_stacks(actors: Mapping[str, Any], log_dir: str) -> list[Path]:
     """
     asked: list[tuple[str, Any]] = []
     for name, actor in actors.items():
-        # The public API for this needs the dashboard, which a local cluster has not.
-        entry: Any = state.actors(actor._actor_id.hex())
-        node, pid = entry.get("Address", {}).get("NodeID"), entry.get("Pid")
-        call = dump_stack(node, pid, f"{log_dir}/{name}.log") if node and pid else None
-        asked.append((name, call))
+        place = _place(actor)
+        log = f"{log_dir}/{name}.log"
+        asked.append((name, place and _at(place[0], stack_of).remote(place[1], log)))
     deadline = time.monotonic() + DEADLINE
     return [
         _write(Path(log_dir) / "stacks", name, _answer(call, deadline - time.monotonic()))
@@ -53,11 +55,21 @@ def keep_stacks(actors: Mapping[str, Any], log_dir: str) -> list[Path]:
     ]
 
 
-def dump_stack(node: str, pid: int, log: str) -> Any:
-    """Reference to the stack, as text, of a process on a node; ``log``: where it logs there."""
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(stack_of)
-    return task.options(scheduling_strategy=here).remote(pid, log)
+def end_processes(actors: Iterable[Any], grace: float = GRACE) -> None:
+    """See to it that the processes of actors that are being killed end, without waiting for it."""
+    for actor in actors:
+        if (place := _place(actor)) is not None:
+            _at(place[0], end_process).remote(place[1], grace)
+
+
+def end_process(pid: int, grace: float) -> None:
+    """Kill an actor's process of this machine that is still there after ``grace`` seconds."""
+    deadline = time.monotonic() + grace
+    while _is_actor(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(grace / 20)
 
 
 def stack_of(pid: int, log: str) -> str:
@@ -106,6 +118,27 @@ def _catches(pid: int, number: int) -> bool:
         return False
     (caught,) = (int(s.split()[1], 16) for s in status.splitlines() if s.startswith("SigCgt:"))
     return bool(caught >> (number - 1) & 1)
+
+
+def _place(actor: Any) -> tuple[str, int] | None:
+    """Node and process id of an actor, as the cluster knows them."""
+    # The public API for this needs the dashboard, which a local cluster has not.
+    entry: Any = state.actors(actor._actor_id.hex())
+    node, pid = entry.get("Address", {}).get("NodeID"), entry.get("Pid")
+    return (node, pid) if node and pid else None
+
+
+def _at(node: str, function: Callable[..., Any]) -> Any:
+    """A function as a task for a node."""
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
+def _is_actor(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+    except OSError:
+        return False
 
 
 def _answer(call: Any, seconds: float) -> str:

@@ -90,6 +90,20 @@ def test_an_actor_that_is_gone_is_said_in_the_file(placement, tmp_path: Path):
         assert "py-spy could not read it" in file.read_text()
 
 
+def test_a_stopped_process_ends_though_it_hears_nothing(placement, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stacks, "GRACE", 0.5)
+    (stopped, pid), (well, _) = sleeper(), sleeper()
+    os.kill(pid, signal.SIGSTOP)
+    stacks.end_processes([stopped], 0.5)
+    gone = time.monotonic() + 30
+    while psutil.pid_exists(pid) and time.monotonic() < gone:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(pid)
+    assert ray.get(well.pid.remote(), timeout=30) != pid
+    stacks.end_process(os.getpid(), 0.0)  # no actor: not touched
+    ray.kill(well)
+
+
 def test_a_node_that_does_not_answer_costs_no_more_than_the_deadline(
     placement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -145,6 +159,7 @@ def test_a_hung_learner_is_lost_with_the_stacks_of_all_ranks(
     assert time.monotonic() - started < 4 + stacks.DEADLINE
     kept = sorted(file.name for file in (tmp_path / "stacks").iterdir())
     assert kept == ["learner-0-1.txt", "learner-1-1.txt"]
+    learner.stop(lost=True)
     again = RayLearner(recipe, replace(placement), str(tmp_path))
     try:
         assert not set(again.start()) & set(pids)
