@@ -14,8 +14,8 @@ What is asked of a line, after the warm-up:
     grows    the slope's 95 % interval is above 0, and the slope makes more than 50 MiB in a day
     unclear  the interval holds 0, and reaches 1 GiB in a day: too little was seen
     flat     else
-    leaks    the median of open files, threads, objects or references over the last sixth is above that
-             of the first sixth by more than 2
+    leaks    the least open files, threads, objects or references of the last sixth are above those of
+             the first sixth by more than 2 (they swing within a step; a leak lifts the floor)
 
 The samples are in runs/soak-....jsonl, the table beside them.
 """
@@ -28,7 +28,6 @@ import math
 import os
 import secrets
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -50,6 +49,7 @@ FLAT = 50 * 1024 / DAY  # KiB a minute
 UNCLEAR = 1024 * 1024 / DAY
 SPARE = 2  # handles, threads, references
 LEAST = 12  # samples of a line
+ENDING = 60.0  # seconds after the driver in which all else has to end
 SETS = (
     "steps=10000000",
     "optimizer.learning_rate=1e-5",
@@ -109,6 +109,7 @@ class Soak:
         )
         self.driver = psutil.Process(self.run.pid)
         self.seen: set[psutil.Process] = set()
+        self.names: dict[int, str] = {}
 
     def step(self) -> int:
         """The last step that is logged."""
@@ -122,7 +123,6 @@ class Soak:
         while self.step() < 1:
             self.check()
             if time.monotonic() > deadline:
-                self.run.send_signal(signal.SIGINT)
                 raise SystemExit(f"no step within {patience:g} s")
             time.sleep(1)
         (raylet,) = [p for p in self.driver.children() if p.name() == "raylet"]
@@ -146,6 +146,7 @@ class Soak:
                     "threads": process.num_threads(),
                 }
                 self.seen.add(process)
+                self.names[process.pid] = row["name"]
                 yield row
 
     def stop(self, store: Store) -> Row:
@@ -156,9 +157,15 @@ class Soak:
             last = reading
             time.sleep(0.02)
         status = self.run.wait(timeout=300)
-        _, left = psutil.wait_procs(self.seen - {self.driver}, timeout=10)
-        names = [process.pid for process in left if process.is_running()]
+        _, left = psutil.wait_procs(self.seen - {self.driver}, timeout=ENDING)
+        names = [f"{self.names[process.pid]} ({process.pid})" for process in left]
         return (last or {}) | {"kind": "end", "status": status, "left": names, "step": self.step()}
+
+    def end(self) -> None:
+        """Nothing of the run is left, however the soak ended."""
+        if self.run.poll() is None:
+            self.run.send_signal(signal.SIGINT)
+            self.run.wait(timeout=300)
 
 
 def called(process: psutil.Process) -> str:
@@ -181,21 +188,31 @@ def soak(minutes: float, sets: Sequence[str]) -> Path:
         file.open("w", buffering=1) as out,
     ):
         run = Soak(directory, scratch, sets)
-        store, begun = run.start(patience=600), time.monotonic()
-
-        def write(row: Row) -> None:
-            minute = (time.monotonic() - begun) / 60
-            out.write(json.dumps(row | {"minute": minute}) + "\n")
-
-        while time.monotonic() - begun < 60 * minutes:
-            due = time.monotonic() + EVERY
-            run.check()
-            for row in run.processes():
-                write(row)
-            write((store.read() or {"kind": "silent"}) | {"step": run.step()})
-            time.sleep(max(due - time.monotonic(), 0))
-        write(run.stop(store))
+        # Who ends the soak ends the run too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            observe(run, minutes, out)
+        finally:
+            run.end()
     return file
+
+
+def observe(run: Soak, minutes: float, out: TextIO) -> None:
+    """Write samples of all processes until the time is over, then stop the run."""
+    store, begun = run.start(patience=600), time.monotonic()
+
+    def write(row: Row) -> None:
+        minute = (time.monotonic() - begun) / 60
+        out.write(json.dumps(row | {"minute": minute}) + "\n")
+
+    while time.monotonic() - begun < 60 * minutes:
+        due = time.monotonic() + EVERY
+        run.check()
+        for row in run.processes():
+            write(row)
+        write((store.read() or {"kind": "silent"}) | {"step": run.step()})
+        time.sleep(max(due - time.monotonic(), 0))
+    write(run.stop(store))
 
 
 @dataclass(frozen=True)
@@ -229,9 +246,9 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
 
 
 def leaks(counts: Sequence[int]) -> bool:
-    """Whether the last sixth is above the first."""
+    """Whether the floor of the last sixth is above that of the first."""
     part = max(len(counts) // 6, 1)
-    return statistics.median(counts[-part:]) - statistics.median(counts[:part]) > SPARE
+    return min(counts[-part:]) - min(counts[:part]) > SPARE
 
 
 def by_process(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -312,7 +329,7 @@ def report(rows: Sequence[Row], warm_up: float) -> str:
             text.append(
                 f"At the end, by SIGINT after step {row['step']}: status {row['status']}, store "
                 f"{row['bytes']} bytes in {row['objects']} objects, driver {row['references']} "
-                f"references; processes left: {row['left'] or 'none'}."
+                f"references; left a minute later: {', '.join(map(str, row['left'])) or 'no process'}."
             )
     return "\n".join(text)
 
