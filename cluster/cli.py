@@ -37,7 +37,11 @@ def run(
     recipe: Annotated[Path | None, typer.Argument(help="A file, or a name of 'recipes'.")] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        str | None, typer.Option(help="Continue this run directory, or STORAGE_URL/NAME.")
+        str | None,
+        typer.Option(
+            help="Continue this run directory, or STORAGE_URL/NAME; auto: that of the recipe's name, "
+            "where it was begun."
+        ),
     ] = None,
     changed: Annotated[
         bool, typer.Option("--changed", help="Continue although recipe or data changed.")
@@ -46,6 +50,10 @@ def run(
     """Train a recipe."""
     if recipe is None and resume is None:
         raise typer.BadParameter("give a RECIPE, or --resume RUN")
+    if resume == "auto":
+        if recipe is None:
+            raise typer.BadParameter("--resume auto wants the RECIPE")
+        resume = _left(_checked(recipe, overrides).value)
     if resume is not None and "://" in resume:
         loaded, continued = _stored(resume, recipe, overrides, changed)
     else:
@@ -235,6 +243,15 @@ def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> 
     except RecipeError as error:
         refuse(str(error))
     return loaded
+
+
+def _left(recipe: AnyRecipe) -> str | None:
+    from cluster.storage import StorageError, begun
+
+    try:
+        return begun(recipe)
+    except StorageError as error:
+        refuse(str(error))
 
 
 def _stored(

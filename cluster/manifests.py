@@ -35,6 +35,7 @@ CPU_MEMORY, GPU_MEMORY, LEAST_MEMORY = 4, 96, 16
 SHARED_MEMORY = 0.3
 # Before a Slurm job's time is up: a step, an evaluation and a checkpoint.
 WARNING_SECONDS = 900
+RETRIES = 3  # of a job whose driver was lost, on Kubernetes
 
 
 class ManifestError(ValueError):
@@ -105,16 +106,15 @@ def kuberay(recipe: AnyRecipe, run: str, nodes: Nodes, names: Sequence[str], ima
     """A ConfigMap with the recipe and a RayJob that runs it, as YAML for ``kubectl apply -f``.
 
     The run directory is on the claim ``rectify-runs``, which all pods mount; variables come from the
-    Secret ``rectify``, by name.
+    Secret ``rectify``, by name. The run has the id for its name: a job that failed is tried again, on a
+    new cluster, and goes on with what it left.
     """
     name = kubernetes_name(run)
     labels = {"app.kubernetes.io/name": "rectify", "app.kubernetes.io/instance": name}
-    config = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": name, "labels": labels},
-        "data": {"recipe.yaml": resolved(recipe)},
-    }
+    document = resolved(recipe.model_copy(update={"name": name}))
+    described = {"name": name, "labels": labels}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": described}
+    config |= {"data": {"recipe.yaml": document}}
     image = image or f"rectify:{metadata.version('rectify')}"
     head = Nodes(1, HEAD_CPUS, 0)
     pod: dict[str, Any] = {
@@ -142,17 +142,18 @@ def kuberay(recipe: AnyRecipe, run: str, nodes: Nodes, names: Sequence[str], ima
             }
         ],
     }
+    entrypoint = ["rectify", "run", f"{RECIPE_MOUNT}/recipe.yaml", "--resume", "auto"]
     environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": name, "labels": labels},
+        "metadata": described,
         "spec": {
-            "entrypoint": shlex.join(["rectify", "run", f"{RECIPE_MOUNT}/recipe.yaml"]),
+            "entrypoint": shlex.join(entrypoint),
             "jobId": run,
             "metadata": {"recipe": recipe.name},
             "runtimeEnvYAML": yaml.safe_dump(environment),
-            "backoffLimit": 0,
+            "backoffLimit": RETRIES,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": cluster,

@@ -60,7 +60,9 @@ def connected(recipe: AnyRecipe) -> Generator[Placement]:
     options: dict[str, Any] = {"address": recipe.cluster.address}
     if local:
         cpus = max(math.ceil(needed(recipe, "cpus")), 1)
-        options |= {"num_cpus": cpus, "include_dashboard": False}
+        # Without a dashboard nobody asks for past tasks, of which Ray else keeps 100,000 in memory.
+        quiet = {"task_events_report_interval_ms": 0}
+        options |= {"num_cpus": cpus, "include_dashboard": False, "_system_config": quiet}
     # Ray's own notices belong into the run's log, not into the progress display.
     options |= {"logging_level": logging.ERROR, "log_to_driver": False}
     try:

@@ -208,8 +208,7 @@ class RunDirectory:
         (directory / "completions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _warn(self) -> None:
-        rows = [row for row in self.metrics.read() if row["kind"] == "evaluation"]
-        for message in warnings(rows, self.recipe.checkpoints.keep_best):
+        for message in warnings(self.metrics.evaluations(), self.recipe.checkpoints.keep_best):
             self.warn(message)
 
     def _write(self, kind: str, step: int, metrics: Metrics) -> None:

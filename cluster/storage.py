@@ -205,6 +205,20 @@ def proved(recipe: AnyRecipe) -> Storage | None:
     return storage
 
 
+def begun(recipe: AnyRecipe) -> str | None:
+    """What a run of the recipe's name left, a directory here or a URL; None: nothing to go on with.
+
+    Raises:
+        StorageError: the storage gives no answer.
+    """
+    # Both are written before anything is started.
+    if all((recipe.directory / name).is_file() for name in ("recipe.yaml", "data.sha256")):
+        return str(recipe.directory)
+    url = recipe.checkpoints.storage
+    stored = url is not None and recipe.name in Storage(url).names()
+    return f"{url}/{recipe.name}" if stored else None
+
+
 def fetch_newer(storage: Storage, run: str, target: Path, tell: Callable[[str], object]) -> None:
     """Fetch the newest valid copy of a run, unless the newest valid checkpoint here is as new.
 

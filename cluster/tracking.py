@@ -50,6 +50,13 @@ class MetricsFile:
         """All whole lines; a torn last one (a crash) is left out."""
         return _rows(self.path.read_bytes()) if self.path.exists() else []
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations; of the many others none is in memory."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            return _rows(b"".join(line for line in file if b'"kind": "evaluation"' in line))
+
     def tail(self, size: int) -> list[dict[str, Any]]:
         """The last whole lines, as many as lie in so many bytes."""
         return _rows(last_bytes(self.path, size)) if self.path.exists() else []

@@ -14,16 +14,15 @@ drawn while earlier sets train, and by which weights, is ``rl/ahead.py``'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rl.ahead import Ahead, ScheduleConfig
 from rl.algorithm import Algorithm
-from rl.contracts import Learner, Metrics, RolloutPool, Run, Sampled, Scored, Scorer, Update
+from rl.contracts import Learner, Metrics, RolloutPool, Run, Scorer, Update
+from rl.drawing import RolloutSet, draw, proof, set_metrics, update_metrics
 from rl.evaluate import Evaluation
-from rl.items import Item
-from rl.metrics import length_metrics, staleness_metrics
 from rl.rollout_set import optimiser_steps
 from rollout.draws import Prompt, groups_for
 
@@ -45,16 +44,6 @@ class Schedule:
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens ``every`` so many steps happens after ``step``."""
         return step % every == 0 or step == self.steps
-
-
-@dataclass(frozen=True)
-class RolloutSet:
-    """All groups of a step or of a part of it, scored; ``asked`` were drawn, in this wall time."""
-
-    scored: list[Scored]
-    asked: int
-    rollout_seconds: float
-    reward_seconds: float
 
 
 @dataclass
@@ -118,7 +107,9 @@ class Trainer:
         self.before = self.weights
         self.publish()
         done = time.perf_counter()
-        return metrics | {"time/sync": done - synced, "time/step": done - started}
+        lost, self.restarts = self.pool.restarts - self.restarts, self.pool.restarts
+        metrics |= {"time/sync": done - synced, "time/step": done - started}
+        return metrics | {"rollout/restarts": float(lost)}
 
     def _train_set(self, sets: Ahead[RolloutSet]) -> Metrics:
         """One rollout set, each part when it is there; the last part ends the optimiser step."""
@@ -135,7 +126,11 @@ class Trainer:
             steps, found = optimiser_steps(
                 scored, self.schedule.weights, self.algorithm, self.step, 1 / parts
             )
-            metrics |= self._prove(scored, steps)
+            if steps and not self.proved:
+                self.proved = True
+                metrics |= proof(
+                    self.learner, self.algorithm, scored, steps[0], self.step, self.schedule.dtype
+                )
             began = time.perf_counter()
             if len(drawn) < parts and steps:
                 updates.append(self.learner.accumulate(steps[0]))
@@ -143,65 +138,23 @@ class Trainer:
                 updates.append(self.learner.update(steps or [[]]))
             waited, learned = waited + taken - started, learned + time.perf_counter() - began
             metrics = found | metrics
-        metrics |= self._describe(drawn, updates)
-        return metrics | {"time/wait": waited, "time/learn": learned}
+        metrics |= set_metrics(drawn, self.schedule.weights, self.algorithm, self.step)
+        metrics |= update_metrics(updates, self.algorithm)
+        metrics |= {"time/wait": waited, "time/learn": learned}
+        return metrics | {"busy/reward": self.scorer.take_seconds()}
 
     def _draw(self, number: int, weights: Any) -> RolloutSet:
         """A set, or a part of one: a function of (seed, step) and the weights."""
-        s, started = self.schedule, time.perf_counter()
+        s = self.schedule
         step, part = divmod(number, s.overlap.parts)
         groups = groups_for(
             self.prompts, seed=s.seed, step=step, count=s.prompts_per_step, size=s.group_size
         )
+        plans = self.algorithm.plans(step, groups)
         size = s.prompts_per_step // s.overlap.parts
         span = slice(part * size, (part + 1) * size)
-        plans = self.algorithm.plans(step, groups)[span]
         pinned = weights if s.overlap.pinned else None
-        sampling = _Timed(self.pool.generate(groups[span], plans, pinned))
-        scored = self.scorer.score(sampling)
-        done = time.perf_counter()
-        return RolloutSet(scored, len(plans), sampling.finished - started, done - sampling.finished)
-
-    def _prove(self, scored: Sequence[Scored], steps: list[list[Item]]) -> Metrics:
-        """Before the first step the learner scores what the sampler drew as the sampler did."""
-        # Weights that lag behind the trained ones agree with them before the first step only, and
-        # older weights never do.
-        fresh = all(group.sample.version == self.step for group in scored)
-        lags = self.algorithm.lags and self.step > 0
-        proved, self.proved = self.proved, self.proved or bool(steps)
-        if proved or not steps or not fresh or lags:
-            return {}
-        return self.algorithm.check_drift(self.learner.replay(steps[0]), self.schedule.dtype)
-
-    def _describe(self, drawn: Sequence[RolloutSet], updates: Sequence[Update]) -> Metrics:
-        """What a set was and what training on it took."""
-        scored = [group for part in drawn for group in part.scored]
-        samples = [group.sample for group in scored]
-        lost, self.restarts = self.pool.restarts - self.restarts, self.pool.restarts
-        metrics = length_metrics("rollout", samples) | {
-            "time/rollout": sum(part.rollout_seconds for part in drawn) / len(drawn),
-            "time/reward": sum(part.reward_seconds for part in drawn) / len(drawn),
-            "work/rollout_forwards": float(sum(sample.forwards for sample in samples)),
-            "busy/rollout": sum(sample.seconds for sample in samples),
-            "busy/reward": self.scorer.take_seconds(),
-            "rollout/dropped_groups": float(sum(part.asked for part in drawn) - len(scored)),
-            "rollout/restarts": float(lost),
-            "optimizer_steps": float(sum(len(update.grad_norms) for update in updates)),
-        }
-        if self.schedule.overlap.stale:
-            metrics |= staleness_metrics(samples, self.step)
-        if len(drawn) > 1:
-            metrics |= optimiser_steps(
-                scored, self.schedule.weights, self.algorithm, self.step
-            )[1]  # fmt: skip
-        if updates:
-            whole = Update.joined(updates)
-            metrics |= self.algorithm.metrics(whole.table)
-            metrics["grad_norm"] = sum(whole.grad_norms) / len(whole.grad_norms)
-            metrics["work/learner_forwards"] = float(whole.forwards)
-            metrics["work/backwards"] = float(whole.backwards)
-            metrics["busy/learner"] = sum(whole.seconds)
-        return metrics
+        return draw(self.pool, self.scorer, groups[span], plans[span], pinned)
 
     def _evaluate_and_save(self) -> None:
         s, step = self.schedule, self.step
@@ -215,17 +168,3 @@ class Trainer:
         metrics, scored = self.evaluation.run(self.learner, self.pool, self.scorer, self.step)
         metrics["time/evaluate"] = time.perf_counter() - started
         self.run.evaluated(self.step, metrics, scored)
-
-
-class _Timed(Iterator[Sampled]):
-    """An iterator that notes when it was exhausted."""
-
-    def __init__(self, samples: Iterator[Sampled]) -> None:
-        self._samples = samples
-        self.finished = time.perf_counter()
-
-    def __next__(self) -> Sampled:
-        try:
-            return next(self._samples)
-        finally:
-            self.finished = time.perf_counter()

@@ -79,3 +79,22 @@ def test_the_other_verbs(tmp_path: Path):
     doctor = rectify("doctor", cwd=tmp_path)
     assert doctor.returncode == 0
     assert "deepspeed" in doctor.stdout and "tracker wandb" in doctor.stdout
+
+
+def test_a_retry_goes_on_with_what_a_run_of_its_name_left(tmp_path: Path):
+    from cluster.storage import begun
+    from recipes.schema import Recipe
+    from recipes.source import load
+
+    sets = [f"run_dir={tmp_path}", f"checkpoints.storage=file://{tmp_path}/copies"]
+    recipe = load(Path("digits/flash_grpo"), Recipe, sets).value
+    assert begun(recipe) is None
+    stored = tmp_path / "copies" / recipe.name
+    stored.mkdir(parents=True)
+    (stored / "recipe.yaml").touch()
+    assert begun(recipe) == f"file://{tmp_path}/copies/{recipe.name}"
+    recipe.directory.mkdir()
+    (recipe.directory / "recipe.yaml").touch()
+    assert begun(recipe) == f"file://{tmp_path}/copies/{recipe.name}"
+    (recipe.directory / "data.sha256").touch()
+    assert begun(recipe) == str(recipe.directory)

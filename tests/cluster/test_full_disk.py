@@ -120,7 +120,7 @@ def test_an_evaluation_that_cannot_be_written_ends_the_run(place: str, run: RunD
     target.parent.mkdir(parents=True)
     target.symlink_to("/dev/full")
     with pytest.raises(DiskFull) as error:
-        run.evaluated(2, {"evaluation/x/mean": 1.0, "time/step": 1.0}, [scored()])
+        run.evaluated(2, {"evaluation/x/mean": 1.0, "time/evaluate": 1.0}, [scored()])
     said(error, f"{place} could not be written: No space left on device")
     assert not list((run.path / "evaluation").glob(".tmp*"))
 

@@ -87,12 +87,16 @@ def test_a_rayjob_has_what_kuberay_asks_for_and_no_field_it_does_not_know(tmp_pa
     seconds = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
     assert int(seconds) >= 600
 
-    verb, action, path = shlex.split(spec["entrypoint"])
+    # A retry goes on with the run of this job's own name.
+    assert spec["backoffLimit"] == 3
+    verb, action, path, *resumed = shlex.split(spec["entrypoint"])
+    assert resumed == ["--resume", "auto"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config["data"][Path(path).name])
     checked = CliRunner().invoke(app, ["validate", str(recipe)])
     assert (verb, action, checked.exit_code) == ("rectify", "run", 0), checked.stderr
     assert load(recipe, Recipe).value.cluster.address == "auto"
+    assert load(recipe, Recipe).value.name == config["metadata"]["name"]
     assert path in {f"{v['mountPath']}/recipe.yaml" for v in container["volumeMounts"]}
 
 

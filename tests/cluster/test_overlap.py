@@ -27,6 +27,7 @@ from rollout.flow import FlowPlan
 
 Make = Callable[..., Recipe]
 AHEAD = "schedule={mode: one_step_ahead}"
+COSTS = ("cost/learner_forwards", "cost/backwards", "cost/forwards")
 SMALL = ["rollout.steps=4", "rollout.group_size=2", "evaluation.samples=4", "evaluation.every=9",
          "evaluation.rewards=[]", "checkpoints.keep_last=9", "checkpoints.keep_best=null",
          "learner.micro_batch=8"]  # fmt: skip
@@ -120,9 +121,9 @@ def test_a_set_in_parts_is_the_same_optimiser_step(digits_recipe: Make, tmp_path
     for other in others:
         for a, b in zip(whole, other, strict=True):
             assert a.keys() == b.keys()
-            assert {k: b[k] for k in a if k != "kind"} == pytest.approx(
-                {k: v for k, v in a.items() if k != "kind"}, rel=1e-3, abs=1e-5
-            )
+            # Every part is padded to whole micro-batches, which costs evaluations.
+            same = [k for k in a if k not in ("kind", *COSTS)]
+            assert [b[k] for k in same] == pytest.approx([a[k] for k in same], rel=1e-3, abs=1e-5)
     assert [row["optimizer_steps"] for row in others[1]] == [1.0] * 3
 
 
@@ -148,7 +149,8 @@ def published(recipe: Recipe, version: int) -> Weights:
 
 
 def finals(samples: list[Sampled]) -> dict[int, bytes]:
-    return {s.group.group: ray.get(s.media, timeout=60).tobytes() for s in samples}
+    media: dict[int, Any] = {s.group.group: ray.get(s.media, timeout=60) for s in samples}
+    return {group: array.tobytes() for group, array in media.items()}
 
 
 def test_calls_of_different_weights_at_once_are_each_drawn_by_their_own(ray_pool: Any):

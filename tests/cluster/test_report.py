@@ -36,6 +36,18 @@ def test_metrics_survive_a_torn_line_and_truncate(tmp_path: Path):
     assert all(json.loads(line) for line in file.path.read_text().splitlines())
 
 
+def test_evaluations_are_read_without_the_steps_between(tmp_path: Path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.evaluations() == []
+    for step in range(6):
+        kind = "train" if step % 3 else "evaluation"
+        file.append({"kind": kind, "step": step, "reward/mean": float("nan"), "loss": 0.1 * step})
+    with file.path.open("a") as handle:
+        handle.write('{"kind": "evaluation", "step": 6, "lo')
+    assert [row["step"] for row in file.evaluations()] == [0, 3]
+    assert file.evaluations() == [row for row in file.read() if row["kind"] == "evaluation"]
+
+
 def test_tensorboard_gets_every_number(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
