@@ -145,7 +145,7 @@ def _answer(call: Any, seconds: float) -> str:
     if call is None:
         return "it has no process\n"
     try:
-        return ray.get(call, timeout=max(seconds, 0.1))
+        return ray.get(call, timeout=max(seconds, 0.0))
     except RayError as error:
         ray.cancel(call, force=True)
         return f"its node gave no answer: {type(error).__name__}: {error}\n"
