@@ -146,6 +146,7 @@ def test_the_monkeys_leave_nothing_out():
     assert len(seeds) >= 20
 
 
+@pytest.mark.slow
 def test_a_short_game_on_the_pools_alone(digits_recipe: Callable[..., Recipe], tmp_path: Path):
     """Rollout and reward processes die while a set is drawn and scored: the same set comes out."""
     recipe = digits_recipe("workers.count=2", "rollout.batch_size=2", "evaluation.rewards=[]",

@@ -366,6 +366,7 @@ def test_a_store_holds_what_the_teacher_draws_and_is_filled_once(store: Path):
     assert times == {path: path.stat().st_mtime_ns for path in store.rglob("*")}
 
 
+@pytest.mark.slow
 def test_lost_shards_are_drawn_again_to_the_same_bytes(store: Path, tmp_path: Path):
     before = shards(store)
     (store / "shard_000002.safetensors").unlink()
