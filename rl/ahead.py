@@ -36,7 +36,6 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid"):
     max_staleness: int = Field(
         default=2, ge=1, description="async: a set is sampled at most so many steps ahead."
     )
-
     parts: int = Field(
         default=1,
         ge=1,
