@@ -9,8 +9,9 @@ and not computing. Actors and ranks share this machine's cores.
 
 Rollout batches of 64, 32 and 16 samples a job are tried for every mode on a seed of its own, and each
 mode runs with the batch that was fastest for it. Modes alternate, seed by seed. Throughput is samples
-per second from the fifth step to the last, without evaluation; rewards are the pinned evaluation's at
-the end, equal numbers of steps for all. Writes docs/benchmarks/overlap.md.
+per second from the fifth step to the last, without evaluation; rewards are the pinned evaluation's of
+1,000 samples at the end, equal numbers of steps for all, and their differences from sync are paired by
+seed. Writes docs/benchmarks/overlap.md.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def run(mode: str, batch: int, seed: int, steps: int, delay: float) -> dict[str,
         }
         sets = [
             f"seed={seed}", f"steps={steps}", f"run_dir={directory}", "tracking=[]",
-            f"evaluation.every={steps}", "evaluation.samples=200", f"checkpoints.every={steps}",
+            f"evaluation.every={steps}", "evaluation.samples=1000", f"checkpoints.every={steps}",
             "checkpoints.keep_best=null", f"rollout.batch_size={batch}",
             f"schedule={MODES[mode]}", f"rewards=[{json.dumps(reward)}]",
         ]  # fmt: skip
@@ -117,18 +118,19 @@ def table(runs: Mapping[str, Sequence[Mapping[str, Any]]], batches: Mapping[str,
     """Markdown rows, a mode each; ratios are paired by seed."""
     lines = [
         "| schedule | batch | samples/s | of sync | idle rollout | reward | learner | staleness | "
-        "log-probability | accuracy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "log-probability | from sync | accuracy | from sync |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mode, found in runs.items():
-        pairs = zip(found, runs["sync"], strict=True)
+        pairs = list(zip(found, runs["sync"], strict=True))
         ratios = [one["throughput"] / sync["throughput"] for one, sync in pairs]
+        apart = {k: [one[k] - sync[k] for one, sync in pairs] for k in ("log_prob", "accuracy")}
         idle = [f"{statistics.median(one['idle'][k] for one in found):.0%}" for k in KINDS]
         cells = [
             mode, str(batches[mode]), spread([one["throughput"] for one in found], 1),
             spread(ratios, 2), *idle, f"{statistics.mean(one['staleness'] for one in found):.2f}",
-            spread([one["log_prob"] for one in found], 3),
-            spread([one["accuracy"] for one in found], 3),
+            spread([one["log_prob"] for one in found], 3), spread(apart["log_prob"], 3),
+            spread([one["accuracy"] for one in found], 3), spread(apart["accuracy"], 3),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -221,8 +221,16 @@ app.add_typer(env, name="env")
 
 
 def main() -> None:
-    """Entry point: a recipe's mistakes are printed, not raised."""
-    app()
+    """Entry point: a recipe's mistakes are printed, not raised, and so is a disk without room."""
+    try:
+        app()
+    except Exception as error:
+        from cluster.disk import is_full, no_room
+
+        if not is_full(error):
+            raise
+        err.print(f"[bold red]stopped:[/] {escape(no_room(error))}", soft_wrap=True)
+        raise SystemExit(1) from None
 
 
 def _checked(path: Path, overrides: list[str] | None, filling: bool = False) -> Loaded[AnyRecipe]:

@@ -67,6 +67,13 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+def no_room(error: BaseException) -> str:
+    """One line on a verb that ended for want of room; ``is_full(error)``."""
+    name = getattr(error, "filename", None)
+    place = f"{name} could not be written: " if name else ""
+    return f"{place}{_reason(error)}; make room and repeat the command"
+
+
 def _reason(error: BaseException) -> str:
     """The system's words, without an actor's traceback."""
     cause = getattr(error, "cause", None) or error

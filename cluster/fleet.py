@@ -113,9 +113,12 @@ class Fleet:
         Raises:
             ClusterError: none is left, or none came back in time.
         """
+        self._check()
         for member in [m for m in self.members if not m.ready]:
             member.probe = member.probe or _health(member)
             if not ray.wait([member.probe], timeout=0)[0]:
+                if time.monotonic() - member.lost_at > self.config.start_timeout:
+                    self._end_silent(member)
                 continue
             health = self._answer(member)
             if health is None:
@@ -127,6 +130,20 @@ class Fleet:
                 )  # fmt: skip
                 logger.warning("rollout actor %d re-admitted", member.index)
                 self._told(member, "back")
+
+    def _end_silent(self, member: Member) -> None:
+        """A stopped process keeps its connections, so that Ray may call it unavailable for ever."""
+        logger.warning("rollout actor %d gives no answer; ended", member.index)
+        self._told(member, "hung")
+        ray.kill(member.handle, no_restart=False)
+        member.lost_at, member.probe = time.monotonic(), None
+
+    def _check(self) -> None:
+        """Somebody is there, or may come.
+
+        Raises:
+            ClusterError: see ``readmit``.
+        """
         overdue = time.monotonic() - max((m.lost_at for m in self.members), default=0.0)
         none_ready = not any(member.ready for member in self.members)
         if not self.members or (none_ready and overdue > self.config.start_timeout):

@@ -289,12 +289,22 @@ def _failed(
 
 
 def _singles(chunk: Sequence[Sampled]) -> list[Sampled]:
-    """Each sample of a chunk as a group of one, its media cut out here (the rare path)."""
+    """Each sample of a chunk as a group of one, its media cut out here (the rare path).
+
+    Raises:
+        RewardFailed: its node is up, and does not send it. ObjectLostError: it is gone.
+    """
     singles: list[Sampled] = []
     for sample in chunk:
         media = sample.media
         if isinstance(media, ray.ObjectRef):
-            media = ray.get(media, timeout=FETCH_SECONDS)
+            try:
+                media = ray.get(media, timeout=FETCH_SECONDS)
+            except TIMEOUT as error:
+                raise RewardFailed(
+                    f"samples of step {sample.group.step} did not arrive from the rollout actor that "
+                    f"made them within {FETCH_SECONDS:g} s: is a node of the cluster cut off?"
+                ) from error
         for index in range(sample.group.size):
             group = replace(sample.group, size=1)
             singles.append(replace(sample, group=group, media=media[index : index + 1]))

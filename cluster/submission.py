@@ -23,6 +23,8 @@ from ray.util.state.exception import RayStateApiException
 # A stopped run finishes its step and writes a checkpoint within this; Ray's own limit is 3 s.
 STOP_SECONDS = 1800
 ANSWER_SECONDS = 20
+# Between two bytes of what the Jobs API answers; it unpacks an upload first.
+SILENCE_SECONDS = 120
 # A head that has just started has no agent yet that could take a job.
 AGENT_SECONDS = 60
 SETTLE_SECONDS = 60
@@ -63,6 +65,13 @@ class Job:
         return self.finished and self.status != JobStatus.SUCCEEDED
 
 
+class _Client(JobSubmissionClient):
+    """Ray's, which would wait for an answer for ever."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> requests.Response:
+        return super()._do_request(*arguments, **{"timeout": SILENCE_SECONDS} | options)
+
+
 class Cluster:
     """A cluster's Jobs API.
 
@@ -79,9 +88,8 @@ class Cluster:
         # Ray prefers its variables to the address it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         with self._explained():
-            # The client itself has no deadline.
             requests.get(f"{self.address}/api/version", timeout=ANSWER_SECONDS)
-            self.client = JobSubmissionClient(self.address)
+            self.client = _Client(self.address)
 
     def nodes(self) -> list[dict[str, float]]:
         """What each node that is up has, by Ray's names of resources."""

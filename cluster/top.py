@@ -101,7 +101,7 @@ def snapshot(run: Path, now: float) -> Snapshot:
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     attempts = sorted((run / "logs").glob("attempt-*"), key=lambda p: (len(p.name), p.name))
     newest = attempts[-1] if attempts else run
-    checkpoints = sorted(p.parent.name for p in (run / "checkpoints").glob("step_*/manifest.json"))
+    whole = [p.parent.name for p in (run / "checkpoints").glob("step_*/manifest.json")]
     return Snapshot(
         name=run.resolve().name,
         total=recipe["steps"],
@@ -111,7 +111,7 @@ def snapshot(run: Path, now: float) -> Snapshot:
         pace=_pace(train, evaluations),
         age=max(now - rows[-1].get("time", now), 0.0) if rows else None,
         idle=idle_lately(read(files(newest)[-1:], last=TAIL)),
-        checkpoint=checkpoints[-1] if checkpoints else None,
+        checkpoint=max(whole, key=lambda name: (len(name), name), default=None),
         warnings=_warnings(newest / "driver.log"),
     )
 

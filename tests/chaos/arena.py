@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,17 @@ def free_ports(count: int) -> list[int]:
 
 
 class Arena:
-    """The head and a second node, one core each; ``environment`` reaches them."""
+    """The head and a second node, one core each; ``environment`` reaches them, ``tuned`` is theirs."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(self, scratch: Path, tuned: Mapping[str, str]) -> None:
+        self.scratch, self._tuned = scratch, tuned
         gcs, dashboard, client, *self._agents = free_ports(5)
         self.address = f"127.0.0.1:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment = kept | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "COLUMNS": "200",
         }  # fmt: skip
@@ -115,7 +116,7 @@ class Arena:
         log = (self.scratch / f"{name}.log").open("a")
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
         return subprocess.Popen(
-            [*command, *options], env=self.environment | TUNED, stdout=log, stderr=log,
+            [*command, *options], env=self.environment | dict(self._tuned), stdout=log, stderr=log,
             cwd=self.scratch, start_new_session=True,
         )  # fmt: skip
 
@@ -152,11 +153,11 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 @contextmanager
-def arena() -> Iterator[Arena]:
+def arena(tuned: Mapping[str, str] = TUNED) -> Iterator[Arena]:
     """A cluster for the length of a test."""
     # Short, because sockets lie in it.
     scratch = Path(tempfile.mkdtemp(prefix="rectify-", dir="/tmp"))
-    cluster = Arena(scratch)
+    cluster = Arena(scratch, tuned)
     try:
         yield cluster
     finally:

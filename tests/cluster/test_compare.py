@@ -222,6 +222,7 @@ def test_what_is_no_checkpoint_or_taken_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "follows no reward" in result.stderr
 
 
+@pytest.mark.slow
 def test_on_ray_served_rewards_give_the_numbers_of_local_ones(
     run: tuple[Path, Recipe], tmp_path: Path
 ) -> None:

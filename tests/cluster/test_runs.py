@@ -148,6 +148,7 @@ def test_one_process_gives_the_same_curve(undisturbed: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_killed_actors_cost_nothing_but_time(undisturbed: Path, tmp_path: Path):
     process = start(tmp_path)
     run = tmp_path / "digits-flash-grpo"

@@ -19,13 +19,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from cluster.cli import app
+from cluster.cli import app, main
 from cluster.launch import run_locally
 from cluster.run import describe
 from cluster.sample import SampleError, draw, open_checkpoint, write
 from recipes.schema import Recipe, recipe_type
 from recipes.source import load
 from rollout.masked import DecodePlan
+from tests.cluster.test_full_disk import files_at_most
 
 DIGITS = [
     "steps=3",
@@ -123,6 +124,22 @@ def test_a_checkpoint_gives_the_evaluation_samples_of_its_step(digits: Path, tmp
         assert grid == (digits / "samples" / f"step_{step:06d}" / "grid.png").read_bytes()
         grids.add(grid)
     assert len(grids) == 2
+
+
+def test_a_full_disk_is_one_message(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    arguments = ["rectify", "sample", str(digits), "--count", "4", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with files_at_most(100), pytest.raises(SystemExit) as ended:
+        main()
+    written, said = capsys.readouterr()
+    assert ended.value.code == 1
+    assert (written, len(said.splitlines())) == ("", 1)
+    assert "File too large; make room and repeat the command" in said
 
 
 def test_the_weights_are_the_averaged_ones(digits: Path):

@@ -319,15 +319,35 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.stop()
 
 
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a server of Google's protocol on this machine."""
+    # Else it asks for the kind of the bucket by gRPC with a certificate; read as it is imported.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    try:
+        port = server._api._httpd.server_port
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        yield "gs://bucket/prefix"
+    finally:
+        server.stop()
+
+
 @pytest.mark.slow
-def test_s3_takes_and_gives_back(s3: str, tmp_path: Path):
-    storage, run = Storage(s3), make(tmp_path / "here" / "run", 1, 2, 3)
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_bucket_takes_and_gives_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+    bucket: str = request.getfixturevalue(kind)
+    storage, run = Storage(bucket), make(tmp_path / "here" / "run", 1, 2, 3)
     storage.prove()
     assert storage.names() == set()
     storage.describe(run)
     assert copied(storage, run, 1, 2, 3, keep_last=2) == []
-    assert Storage(s3).steps("run") == [2, 3]
-    there = fetch_run(*located(f"{s3}/run"), tmp_path / "there" / "run", str)
+    assert Storage(bucket).steps("run") == [2, 3]
+    there = fetch_run(*located(f"{bucket}/run"), tmp_path / "there" / "run", str)
     found = checkpoints.latest(there / "checkpoints")
     assert found is not None and found.step == 3
     storage.files.pipe_file(f"{storage.root}/run/step_000003/state.json", b"{}")

@@ -7,30 +7,30 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+import ray
 import requests
 import yaml
 from typer.testing import CliRunner
 
+from cluster import submission
 from cluster.cli import app
 from cluster.sent import Sent, entrypoint, misfit, runtime_environment, stage, variables
 from cluster.submission import SubmissionError, last_metrics, run_directory
 from cluster.upload import check_size
 from recipes.schema import Recipe
 from recipes.source import load
+from tests.chaos.arena import arena, wait_for
 
 SMALL = [
     "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.batch_size=8",
@@ -87,78 +87,10 @@ class Head:
         return answer.json()
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def wait_for(what: Callable[[], bool], seconds: float = LONG) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """A process and all that it started, and nothing else."""
-    family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    for pid in family:
-        with suppress(psutil.NoSuchProcess):
-            found = psutil.Process(pid)
-            if "ray" in " ".join(found.cmdline()):
-                found.kill()
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Short, because sockets lie in it.
-    scratch = Path(tempfile.mkdtemp(prefix="rectify-", dir="/tmp"))
-    gcs, dashboard, client, *agents = free_ports(5)
-    token = secrets.token_hex(32)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
-    }  # fmt: skip
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
-    first = [
-        "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agents[0]}",
-    ]  # fmt: skip
-    second = [f"--address=127.0.0.1:{gcs}", f"--dashboard-agent-listen-port={agents[1]}"]
-    started: list[subprocess.Popen[Any]] = []
-    it = Head(f"http://127.0.0.1:{dashboard}", environment, scratch)
-
-    def up(nodes: int) -> Callable[[], bool]:
-        def check() -> bool:
-            with suppress(requests.RequestException, KeyError):
-                summary = it.ask("/api/v0/nodes")["data"]["result"]["result"]
-                return sum(node["state"] == "ALIVE" for node in summary) == nodes
-            return False
-
-        return check
-
-    try:
-        for count, options in ((1, first), (2, second)):
-            log = (scratch / f"node-{count}.log").open("w")
-            node: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log}
-            started.append(
-                subprocess.Popen([*ray, *options], **node, cwd=scratch, start_new_session=True)
-            )
-            wait_for(up(count))
-        yield it
-    finally:
-        for process in reversed(started):
-            end(process)
-        shutil.rmtree(scratch, ignore_errors=True)
+    with arena(tuned={}) as cluster:
+        yield Head(cluster.dashboard, cluster.environment, cluster.scratch)
 
 
 @pytest.fixture
@@ -333,6 +265,35 @@ def test_bad_input_is_one_message_before_anything_is_sent(
     assert words in result.stderr and len(result.stderr.splitlines()) == 1
     assert "hidden" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_falls_silent_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    class Head(BaseHTTPRequestHandler):
+        """Tells its version and then nothing."""
+
+        def do_GET(self) -> None:
+            if self.path == "/api/version":
+                answer = json.dumps({"version": "4", "ray_version": ray.__version__}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+            else:
+                silent.wait(60)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    silent = threading.Event()
+    monkeypatch.setattr(submission, "SILENCE_SECONDS", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        result = CliRunner().invoke(app, ["status", "digits-1", "--address", address])
+        silent.set()
+        server.shutdown()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"no answer from {address} (ReadTimeout)" in result.stderr
 
 
 @pytest.fixture

@@ -123,6 +123,7 @@ def test_one_process_gives_the_same_text_run(fpo: Path, llada_directory: Path, t
             assert mine[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-3), key
 
 
+@pytest.mark.slow
 def test_a_text_run_resumes_to_the_same_bytes(fpo: Path, llada_directory: Path, tmp_path: Path):
     run = execute("sudoku/fpo_dipod", llada_directory, tmp_path, "steps=2")
     found = latest(run / "checkpoints")

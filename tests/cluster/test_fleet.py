@@ -1,0 +1,83 @@
+"""Rollout actors that fall silent, on a real Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorUnavailableError
+
+from cluster.fleet import Event, Fleet, Member
+from cluster.ray_cluster import ClusterError, connected
+from cluster.stacks import end_processes
+from cluster.workers import Health
+from recipes.schema import ClusterConfig, Recipe
+
+pytestmark = pytest.mark.timeout(200)
+
+
+@pytest.fixture(scope="module")
+def config(digits_recipe: Callable[..., Recipe]) -> Iterator[ClusterConfig]:
+    """Of a cluster that is up; actors that do not answer are soon given up."""
+    recipe = digits_recipe()
+    with connected(recipe):
+        yield recipe.cluster.model_copy(update={"start_timeout": 4.0})
+
+
+def actor() -> Any:
+    """An actor that answers as a rollout worker does; the class is sent along."""
+
+    class Answering:
+        def __init__(self) -> None:
+            self.boot = os.urandom(8).hex()
+
+        @ray.method(concurrency_group="health")
+        def health(self) -> Health:
+            return Health(self.boot, os.getpid(), None)
+
+    remote: Any = ray.remote(num_cpus=0, max_restarts=-1, concurrency_groups={"health": 1})
+    return remote(Answering).remote()
+
+
+def test_a_silent_process_in_quarantine_is_ended_and_another_takes_its_place(config: ClusterConfig):
+    told: list[tuple[int, Event]] = []
+
+    def note(member: Member, event: Event) -> None:
+        told.append((member.index, event))
+        if event == "hung":
+            end_processes([member.handle], 0.5)
+
+    fleet = Fleet([actor(), actor()], config, note)
+    first, _ = fleet.start()
+    # What Ray says when a connection fails, here of a process that then stays stopped.
+    os.kill(first.pid, signal.SIGSTOP)
+    fleet.quarantine(fleet.members[0], ActorUnavailableError("no answer", None))
+    assert fleet.free() is fleet.members[1]
+    deadline = time.monotonic() + 120
+    while not fleet.whole and time.monotonic() < deadline:
+        fleet.readmit()
+        time.sleep(0.1)
+    assert fleet.whole
+    assert told[:2] == [(0, "lost"), (0, "hung")] and told[-1] == (0, "back")
+    assert fleet.members[0].pid != first.pid
+    for member in fleet.members:
+        ray.kill(member.handle)
+
+
+def test_nobody_left_within_the_time_to_start_is_an_error(config: ClusterConfig):
+    fleet = Fleet([actor()], config, lambda member, event: None)
+    (alone,) = fleet.start()
+    os.kill(alone.pid, signal.SIGSTOP)
+    fleet.quarantine(fleet.members[0], ActorUnavailableError("no answer", None))
+    begun = time.monotonic()
+    with pytest.raises(ClusterError, match="no rollout actor is left"):
+        while time.monotonic() < begun + 60:
+            fleet.readmit()
+            time.sleep(0.1)
+    assert time.monotonic() - begun > config.start_timeout
+    os.kill(alone.pid, signal.SIGKILL)
