@@ -1,6 +1,6 @@
 """What sampling, scoring and training at the same time is worth: sync, one step ahead and async.
 
-    python benchmarks/overlap.py [--steps 30] [--seeds 3]
+    python benchmarks/overlap.py [--steps 30] [--seeds 3] [--modes sync "async, 2 steps" ...]
 
 The digits recipe on Ray: two rollout actors, two learner ranks, and a reward as slow as the rollout. The
 reward is the recipe's own behind a service that is asked over a network: each of its two replicas takes
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,8 @@ MODES = {
     "sync": "{mode: sync}",
     "sync, 4 parts": "{parts: 4}",
     "one step ahead": "{mode: one_step_ahead}",
-    "async": "{mode: async, max_staleness: 2}",
+    "async, 1 step": "{mode: async, max_staleness: 1}",
+    "async, 2 steps": "{mode: async, max_staleness: 2}",
 }
 BATCHES = (64, 32, 16)
 TUNING_SEED = 100
@@ -141,21 +143,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="sync first")
     arguments = parser.parse_args()
+    modes: list[str] = arguments.modes
     alone = run("sync", BATCHES[0], TUNING_SEED, 12, 0.0)
     delay = alone["per_sample"]
     tried = {
         mode: {batch: run(mode, batch, TUNING_SEED, 14, delay)["throughput"] for batch in BATCHES}
-        for mode in MODES
+        for mode in modes
     }
     batches = {mode: max(found, key=lambda b: found[b]) for mode, found in tried.items()}
-    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for seed in range(arguments.seeds):
-        for mode in MODES:
+        for mode in modes:
             runs[mode].append(run(mode, batches[mode], seed, arguments.steps, delay))
             print(mode, seed, json.dumps(runs[mode][-1]), flush=True)
     lines = [
-        f"`python benchmarks/overlap.py --steps {arguments.steps} --seeds {arguments.seeds}` "
+        f"`python benchmarks/overlap.py --steps {arguments.steps} --seeds {arguments.seeds} --modes "
+        f"{shlex.join(modes)}` "
         f"({os.cpu_count()} CPU cores)",
         "",
         f"A rollout actor takes {1000 * delay:.1f} ms a sample, a replica of the reward as long; an "
