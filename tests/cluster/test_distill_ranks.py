@@ -353,6 +353,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "samples"
 
 
+@pytest.mark.slow
 def test_a_store_holds_what_the_teacher_draws_and_is_filled_once(store: Path):
     filled = TeacherStore.open(store)
     assert len(filled) == STEPS * 4
