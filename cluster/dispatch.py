@@ -165,7 +165,7 @@ class Dispatcher:
     def call(self, groups: Sequence[Group], plans: Sequence[Plan], weights: Weights | None) -> Call:
         """Samples of ``groups`` as their jobs complete, the groups of a job together."""
         call = Call(groups, plans, self._batch_size, weights, partial(self._events.put, _nothing))
-        self._events.put(partial(self._calls.append, call))
+        self._events.put(partial(self._begin, call))
         if self._failed is not None:
             call.fail(self._failed)
         return call
@@ -197,6 +197,10 @@ class Dispatcher:
         except BaseException as error:
             self._end(error)
             raise
+
+    def _begin(self, call: Call) -> None:
+        # Looked up here: another thread may have seen the list that ``_dispatch`` then replaces.
+        self._calls.append(call)
 
     def _turn(self) -> bool:
         """Handle what happened; False at the end."""

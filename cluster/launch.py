@@ -120,7 +120,7 @@ def _on_ray(recipe: AnyRecipe, directory: RunDirectory, placement: Placement, lo
     scorer.start()
     with contextlib.closing(pool):
         for attempt in range(recipe.cluster.max_restarts + 1):
-            learner = RayLearner(recipe, placement, log_dir, timeline)
+            learner = RayLearner(recipe, placement, log_dir, timeline, attempt)
             try:
                 learner.start()
                 _train(recipe, directory, pool, scorer, learner)

@@ -93,12 +93,15 @@ class RayLearner:
         placement: Placement,
         log_dir: str,
         timeline: Timeline | None = None,
+        life: int = 0,
     ) -> None:
-        """``timeline``: gets what each rank does."""
+        """``timeline``: gets what each rank does. ``life``: how many were lost before in this process."""
         self.recipe = recipe
         self.log_dir, self.timeline = log_dir, timeline
         learner, colocated = recipe.learner, recipe.cluster.colocated
         actor: Any = ray.remote(RankActor)
+        # Ray keeps a name for a while after the driver has heard of an actor's death.
+        again = f"-{life + 1}" if life else ""
         self.ranks: list[Any] = [
             actor.options(
                 **actor_options(
@@ -107,7 +110,7 @@ class RayLearner:
                     share_of(learner.cpus, colocated),
                     share_of(learner.gpus, colocated),
                 ),
-                name=f"{recipe.name}-learner-{index}",
+                name=f"{recipe.name}-learner-{index}{again}",
                 max_restarts=0,
             ).remote(f"{log_dir}/learner-{index}.log")
             for index, bundle in enumerate(placement.ranks)

@@ -112,6 +112,20 @@ def test_ranks_train_like_plain_pytorch(digits_recipe, placement, tmp_path: Path
             learner.stop()
 
 
+def test_a_learner_begins_before_ray_has_forgotten_the_lost_one(
+    digits_recipe, placement, tmp_path: Path
+):
+    recipe = digits_recipe("learner.ranks=2")
+    places = replace(placement, ranks=placement.ranks[:2])
+    lost = RayLearner(recipe, places, str(tmp_path))
+    successor = RayLearner(recipe, places, str(tmp_path), life=1)
+    lost.stop(lost=True)
+    try:
+        assert len(set(successor.start())) == 2
+    finally:
+        successor.stop()
+
+
 @pytest.mark.parametrize(
     ("stage", "before", "after"),
     [(3, 2, 1), *(pytest.param(*c, marks=SLOW) for c in ((0, 1, 2), (2, 1, 2), (1, 2, 1)))],

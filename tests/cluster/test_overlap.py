@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,29 @@ def test_a_cancelled_call_ends_with_an_error_and_the_next_one_is_served(ray_pool
     with pytest.raises(Cancelled):
         list(call)
     assert len(list(pool.generate(draws(recipe, 1, 4), [FlowPlan()] * 4))) == 4
+
+
+def test_a_call_that_arrives_while_the_dispatcher_is_busy_is_served(
+    ray_pool: Any, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, pool = ray_pool
+    events = pool.dispatcher._events
+
+    class Slow:
+        """A thread that is interrupted between making an event and handing it over."""
+
+        def put(self, event: Any) -> None:
+            events.put(lambda: None)
+            time.sleep(0.3)  # the dispatcher has a turn
+            events.put(event)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(events, name)
+
+    monkeypatch.setattr(pool.dispatcher, "_events", Slow())
+    call = pool.generate(draws(recipe, 0, 2), [FlowPlan()] * 2)
+    monkeypatch.undo()
+    assert len(list(call)) == 2
 
 
 def test_weights_that_do_not_fit_end_the_call_with_their_own_error(ray_pool: Any):
