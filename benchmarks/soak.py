@@ -50,6 +50,7 @@ UNCLEAR = 1024 * 1024 / DAY
 SPARE = 2  # handles, threads, references
 LEAST = 12  # samples of a line
 ENDING = 60.0  # seconds after the driver in which all else has to end
+STALLED = 300.0  # seconds without a step
 SETS = (
     "steps=10000000",
     "optimizer.learning_rate=1e-5",
@@ -108,6 +109,7 @@ class Soak:
             command, env=os.environ | {"RAY_TMPDIR": scratch}, start_new_session=True
         )
         self.driver = psutil.Process(self.run.pid)
+        self.moved = (0, time.monotonic())
         self.seen: set[psutil.Process] = set()
         self.names: dict[int, str] = {}
 
@@ -129,9 +131,14 @@ class Soak:
         return Store(raylet, self.run.pid)
 
     def check(self) -> None:
-        """The run is on."""
+        """The run is on, and gets on."""
         if self.run.poll() is not None:
             raise SystemExit(f"the run ended by itself, status {self.run.returncode}")
+        step, now = self.step(), time.monotonic()
+        if step > self.moved[0]:
+            self.moved = (step, now)
+        elif step and now - self.moved[1] > STALLED:
+            raise SystemExit(f"the run stands still after step {step}")
 
     def processes(self) -> Iterator[Row]:
         """A row for each process of the tree."""
@@ -165,7 +172,9 @@ class Soak:
         """Nothing of the run is left, however the soak ended."""
         if self.run.poll() is None:
             self.run.send_signal(signal.SIGINT)
-            self.run.wait(timeout=300)
+            with suppress(subprocess.TimeoutExpired):
+                self.run.wait(timeout=ENDING)
+            self.run.kill()
 
 
 def called(process: psutil.Process) -> str:
