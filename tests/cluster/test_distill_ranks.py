@@ -177,37 +177,37 @@ def assert_published(learner: RayLearner, expected: State) -> None:
             np.testing.assert_allclose(array, expected[name], rtol=0, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [(2, 3), *(pytest.param(*case, marks=pytest.mark.slow)
                for case in ((2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (1, 3)))],
 )  # fmt: skip
 def test_all_networks_train_like_plain_pytorch(
-    actors: Actors, reference: References, tmp_path: Path, ranks: int, stage: int
+    actors: Actors, reference: References, tmp_path: Path, ranks: int, stage: int, parts: int
 ):
     """A rank's samples in one micro-batch, all gradients clipped; in two, none of them clipped.
 
     On two ranks the micro-batches of the second one are padded.
     """
-    whole = 12 if ranks == 1 else 8
+    micro_batch, clip_norm = (12 if ranks == 1 else 8) // parts, 0.2 if parts == 1 else 100
     for parameters in (FULL, LORA) if stage < 3 else (FULL,):
-        for micro_batch, clip_norm in ((whole, 0.2), (whole // 2, 100)):
-            settings = (*parameters, f"optimizer.clip_norm={clip_norm}")
-            expected = reference(settings)
-            size = f"learner.micro_batch={micro_batch}"
-            learner = actors.start(*settings, size, ranks=ranks, stage=stage)
-            update = learner.update(steps_of())
-            got = state_of(learner, tmp_path)
-            assert_same_training(got, expected.after, expected.before)
-            assert got["student:optimizer_steps"] == 2
-            assert got["heads:optimizer_steps"] == got["fake_score:optimizer_steps"] == 4
-            assert_published(learner, expected.after)
-            assert update.grad_norms == pytest.approx(expected.update.grad_norms, rel=1e-4)
-            assert 0.2 < min(update.grad_norms) < max(update.grad_norms) < 100
-            assert update.table.keys() == expected.update.table.keys()
-            for name, column in expected.update.table.items():
-                same = pytest.approx(np.sort(column), rel=1e-2, abs=1e-3)
-                assert np.sort(update.table[name]) == same, name
+        settings = (*parameters, f"optimizer.clip_norm={clip_norm}")
+        expected = reference(settings)
+        size = f"learner.micro_batch={micro_batch}"
+        learner = actors.start(*settings, size, ranks=ranks, stage=stage)
+        update = learner.update(steps_of())
+        got = state_of(learner, tmp_path)
+        assert_same_training(got, expected.after, expected.before)
+        assert got["student:optimizer_steps"] == 2
+        assert got["heads:optimizer_steps"] == got["fake_score:optimizer_steps"] == 4
+        assert_published(learner, expected.after)
+        assert update.grad_norms == pytest.approx(expected.update.grad_norms, rel=1e-4)
+        assert 0.2 < min(update.grad_norms) < max(update.grad_norms) < 100
+        assert update.table.keys() == expected.update.table.keys()
+        for name, column in expected.update.table.items():
+            same = pytest.approx(np.sort(column), rel=1e-2, abs=1e-3)
+            assert np.sort(update.table[name]) == same, name
 
 
 @pytest.mark.parametrize(
