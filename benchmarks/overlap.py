@@ -143,9 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="sync first")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     arguments = parser.parse_args()
-    modes: list[str] = arguments.modes
+    modes = list(dict.fromkeys(["sync", *arguments.modes]))  # what all is compared with
     alone = run("sync", BATCHES[0], TUNING_SEED, 12, 0.0)
     delay = alone["per_sample"]
     tried = {
