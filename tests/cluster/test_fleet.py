@@ -18,7 +18,7 @@ from cluster.stacks import end_processes
 from cluster.workers import Health
 from recipes.schema import ClusterConfig, Recipe
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def actor() -> Any:
 
 def impatient(fleet: Fleet) -> None:
     """From now on, not for its first start: a loaded machine starts a process in its own time."""
-    fleet.config = fleet.config.model_copy(update={"start_timeout": 8.0})
+    fleet.config = fleet.config.model_copy(update={"start_timeout": 10.0})
 
 
 def test_a_silent_process_in_quarantine_is_ended_and_another_takes_its_place(config: ClusterConfig):
@@ -64,7 +64,7 @@ def test_a_silent_process_in_quarantine_is_ended_and_another_takes_its_place(con
     os.kill(first.pid, signal.SIGSTOP)
     fleet.quarantine(fleet.members[0], ActorUnavailableError("no answer", None))
     assert fleet.free() is fleet.members[1]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 170
     while not fleet.whole and time.monotonic() < deadline:
         fleet.readmit()
         time.sleep(0.1)
@@ -83,7 +83,7 @@ def test_nobody_left_within_the_time_to_start_is_an_error(config: ClusterConfig)
     fleet.quarantine(fleet.members[0], ActorUnavailableError("no answer", None))
     begun = time.monotonic()
     with pytest.raises(ClusterError, match="no rollout actor is left"):
-        while time.monotonic() < begun + 60:
+        while time.monotonic() < begun + 100:
             fleet.readmit()
             time.sleep(0.1)
     assert time.monotonic() - begun > fleet.config.start_timeout
