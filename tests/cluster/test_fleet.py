@@ -1,4 +1,4 @@
-"""Rollout actors that fall silent, on a real Ray."""
+"""Rollout actors that fall silent, and samples that do not arrive, on a real Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +15,30 @@ from ray.exceptions import ActorUnavailableError
 
 from cluster.fleet import Event, Fleet, Member
 from cluster.ray_cluster import ClusterError, connected
+from cluster.reward_actors import RayScorer
 from cluster.stacks import end_processes
 from cluster.workers import Health
 from recipes.schema import ClusterConfig, Recipe
+from rewards.calling import RewardFailed
+from rl.contracts import Sampled
+from rollout.draws import groups_for
+from rollout.flow_sampler import FlowSummary
 
 pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def config(digits_recipe: Callable[..., Recipe]) -> Iterator[ClusterConfig]:
+def recipe(digits_recipe: Callable[..., Recipe]) -> Iterator[Recipe]:
     """Of a cluster that is up."""
-    recipe = digits_recipe()
-    with connected(recipe):
-        yield recipe.cluster
+    rewards = "rewards=[{kind: ink, deadline: 1, retries: 0}]"
+    made = digits_recipe(rewards, "evaluation.rewards=[]")
+    with connected(made):
+        yield made
+
+
+@pytest.fixture
+def config(recipe: Recipe) -> ClusterConfig:
+    return recipe.cluster
 
 
 def actor() -> Any:
@@ -88,3 +100,24 @@ def test_nobody_left_within_the_time_to_start_is_an_error(config: ClusterConfig)
             time.sleep(0.1)
     assert time.monotonic() - begun > fleet.config.start_timeout
     os.kill(alone.pid, signal.SIGKILL)
+
+
+def test_samples_that_do_not_arrive_are_not_the_fault_of_a_prompt(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    @ray.remote(num_cpus=0)
+    def never() -> None:
+        time.sleep(1000)
+
+    (group,) = groups_for(recipe.prompts.load(), seed=0, step=7, count=1, size=4)
+    media = never.remote()
+    sample = Sampled(group, 0, None, media, FlowSummary(0, 0), {}, 1, 0.0, 0)
+    monkeypatch.setattr("cluster.reward_actors.FETCH_SECONDS", 0.5)
+    scorer = RayScorer(recipe, str(tmp_path))
+    scorer.start()
+    with pytest.raises(RewardFailed, match=r"samples of step 7 did not arrive .* within 0.5 s"):
+        scorer.score([sample])
+    ray.cancel(media, force=True)
+    for served in scorer.training:
+        for replica in served.replicas:
+            ray.kill(replica)

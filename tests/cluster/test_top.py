@@ -23,13 +23,18 @@ from cluster.top import NoRun, duration, order, render, snapshot, sparkline
 NOW = 1_800_000_000.0
 
 
+def keep(run: Path, step: int) -> None:
+    checkpoint = run / "checkpoints" / f"step_{step:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+
+
 def make_run(path: Path, steps: int = 100, done: int = 60) -> Path:
     """Steps of 2 s, 10 samples each; an evaluation of 20 s in the middle of the last 40."""
     path.mkdir()
     (path / "recipe.yaml").write_text(f"name: x\nsteps: {steps}\n")
     (path / "versions.json").write_text('{"rectify": "0.1.0", "torch": "2.13.0"}')
-    (path / "checkpoints" / "step_000050").mkdir(parents=True)
-    (path / "checkpoints" / "step_000050" / "manifest.json").write_text("{}")
+    keep(path, 50)
     (path / "checkpoints" / "step_000060").mkdir()  # being written
     attempt = path / "logs" / "attempt-2"
     attempt.mkdir(parents=True)
@@ -79,6 +84,13 @@ def test_all_parts_are_computed_from_the_files(tmp_path: Path):
     assert [text.index(f"rollout-{i}") for i in (0, 2, 10)] == sorted(
         text.index(f"rollout-{i}") for i in (0, 2, 10)
     )
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    for step in (999_999, 1_000_000):
+        keep(run, step)
+    assert snapshot(run, NOW).checkpoint == "step_1000000"
 
 
 def test_a_run_that_writes_nothing_any_more_is_told_from_one_that_is_done(tmp_path: Path):
