@@ -95,6 +95,9 @@ class LocalScorer:
                 parts.append(answer)
         return collect(chunks, scores, [w.config for w in workers])
 
+    def cancel(self) -> None:
+        """See ``rl.contracts.Scorer``. Whoever asks does the scoring."""
+
     def take_seconds(self) -> float:
         """See ``rl.contracts.Scorer``."""
         seconds, self.seconds = self.seconds, 0.0

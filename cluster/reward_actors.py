@@ -11,7 +11,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
+from cluster.dispatch import Cancelled
 from cluster.jobs import chunk_columns, chunked, collect, reward_name
 from cluster.ray_cluster import LOST, TIMEOUT, ClusterError
 from cluster.stacks import end_processes, keep_stacks
@@ -56,9 +57,12 @@ class _Served:
 
 @dataclass(frozen=True)
 class _Call:
+    """``stop``: done when nobody wants the answer any more."""
+
     served: _Served
     replica: int
     answer: Any
+    stop: Future[None]
 
 
 class RayScorer:
@@ -74,6 +78,7 @@ class RayScorer:
         self.start_timeout = recipe.cluster.start_timeout
         self.seconds = 0.0
         self._counting = threading.Lock()
+        self._stop: Future[None] = Future()
 
     def _serve(self, recipe: AnyRecipe, config: RewardConfig, log_dir: str) -> _Served:
         name = reward_name(config)
@@ -106,27 +111,38 @@ class RayScorer:
 
     def score(self, samples: Iterable[Sampled], held_out: bool = False) -> list[Scored]:
         """See ``rl.contracts.Scorer``. Calls go out as samples come in."""
-        served = [*self.training, *(self.held_out if held_out else [])]
+        served, stop = [*self.training, *(self.held_out if held_out else [])], self._stop
         chunks: list[list[Sampled]] = []
         calls: list[list[_Call]] = []
-        for chunk in chunked(samples):
-            chunks.append(chunk)
-            calls.append([self._submit(one, chunk) for one in served])
         scores: dict[str, list[Scores]] = {reward_name(one.config): [] for one in served}
-        for chunk, row in zip(chunks, calls, strict=True):
-            for call in row:
-                scores[reward_name(call.served.config)].append(self._receive(call, chunk))
+        try:
+            for chunk in chunked(samples):
+                chunks.append(chunk)
+                calls.append([self._submit(one, chunk, stop) for one in served])
+            for chunk, row in zip(chunks, calls, strict=True):
+                for call in row:
+                    scores[reward_name(call.served.config)].append(self._receive(call, chunk))
+        except Cancelled:
+            for row in calls:  # an actor would go through them before those of the next score
+                for call in row:
+                    ray.cancel(call.answer)
+            raise
         return collect(chunks, scores, [one.config for one in served])
+
+    def cancel(self) -> None:
+        """See ``rl.contracts.Scorer``. An actor ends the call it is at; nobody waits for it."""
+        stop, self._stop = self._stop, Future()
+        stop.set_result(None)
 
     def describe(self, samples: Sequence[Sampled]) -> Metrics:
         """See ``rl.contracts.Scorer``."""
         prompts, columns = chunk_columns(samples)
-        media = [sample.media for sample in samples]
+        media, stop = [sample.media for sample in samples], self._stop
 
         def ask(one: _Served) -> _Call:
             replica = one.next()
             answer = one.replicas[replica].describe.remote(prompts, columns, *media)
-            return _Call(one, replica, answer)
+            return _Call(one, replica, answer, stop)
 
         metrics: Metrics = {}
         for call in [ask(one) for one in [*self.training, *self.held_out]]:
@@ -153,13 +169,13 @@ class RayScorer:
             seconds, self.seconds = self.seconds, 0.0
         return seconds
 
-    def _submit(self, served: _Served, chunk: Sequence[Sampled]) -> _Call:
+    def _submit(self, served: _Served, chunk: Sequence[Sampled], stop: Future[None]) -> _Call:
         prompts, columns = chunk_columns(chunk)
         replica = served.next()
         media = [sample.media for sample in chunk]
         answer = served.replicas[replica].score.remote(prompts, columns, *media)
         answer.future().add_done_callback(partial(self._scored, served.track(replica)))
-        return _Call(served, replica, answer)
+        return _Call(served, replica, answer, stop)
 
     def _scored(self, track: str, answer: Future[tuple[Scores, float]]) -> None:
         """When an answer arrives; it may be taken later."""
@@ -174,12 +190,17 @@ class RayScorer:
         """What an actor answers; one that hangs is replaced, and the call repeated.
 
         Raises:
-            GetTimeoutError: no answer in time, every time. LOST: see ``cluster.ray_cluster``.
+            Cancelled: see ``cancel``. GetTimeoutError: no answer in time, every time. LOST: see
+                ``cluster.ray_cluster``.
         """
         config = call.served.config
         for attempt in range(config.retries + 1):
+            answered = wait([call.answer.future(), call.stop], config.deadline, FIRST_COMPLETED).done
+            if call.stop in answered:
+                ray.cancel(call.answer)
+                raise Cancelled("nobody waits for the scores any more")
             try:
-                return ray.get(call.answer, timeout=config.deadline)
+                return ray.get(call.answer, timeout=config.deadline if answered else 0)
             except TIMEOUT:
                 track = call.served.track(call.replica)
                 logger.warning("%s: attempt %d: no answer in time", track, attempt + 1)
@@ -201,7 +222,7 @@ class RayScorer:
         config = call.served.config
         reason: Literal["deadline", "worker_died"] = "deadline"
         try:
-            return self._answer(call, lambda: self._submit(call.served, chunk))[0]
+            return self._answer(call, lambda: self._submit(call.served, chunk, call.stop))[0]
         except ObjectLostError:
             raise
         except TIMEOUT:
@@ -211,7 +232,10 @@ class RayScorer:
         if sum(sample.group.size for sample in chunk) == 1:
             return _failed(config, chunk[0], reason)
         logger.warning("reward %s: a chunk fails (%s); taken apart", reward_name(config), reason)
-        parts = [self._receive(self._submit(call.served, [one]), [one]) for one in _singles(chunk)]
+        parts: list[Scores] = []
+        for one in _singles(chunk):  # one after the other: a poisoned one takes no other with it
+            again = self._submit(call.served, [one], call.stop)
+            parts.append(self._receive(again, [one]))
         return _joined(parts)
 
 

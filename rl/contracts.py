@@ -137,6 +137,10 @@ class Scorer(Protocol):
         """
         ...
 
+    def cancel(self) -> None:
+        """Score no more of what was asked for; whoever waits for it gets an error."""
+        ...
+
     def take_seconds(self) -> float:
         """Time that rewards spent scoring since the last call."""
         ...

@@ -82,6 +82,7 @@ class Trainer:
                 self._evaluate_and_save()
         finally:
             self.pool.cancel()
+            self.scorer.cancel()
             sets.close()
 
     def sets(self) -> Ahead[RolloutSet]:

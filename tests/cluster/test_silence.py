@@ -1,4 +1,4 @@
-"""Rollout actors that fall silent, and samples that do not arrive, on a real Ray."""
+"""Actors that fall silent and samples that do not arrive, on a real Ray."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.exceptions import ActorUnavailableError
 
+from cluster.dispatch import Cancelled
 from cluster.fleet import Event, Fleet, Member
 from cluster.ray_cluster import ClusterError, connected
 from cluster.reward_actors import RayScorer
@@ -102,22 +107,51 @@ def test_nobody_left_within_the_time_to_start_is_an_error(config: ClusterConfig)
     os.kill(alone.pid, signal.SIGKILL)
 
 
-def test_samples_that_do_not_arrive_are_not_the_fault_of_a_prompt(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def missing(recipe: Recipe) -> Iterator[Sampled]:
+    """A group whose samples never arrive."""
+
     @ray.remote(num_cpus=0)
     def never() -> None:
         time.sleep(1000)
 
     (group,) = groups_for(recipe.prompts.load(), seed=0, step=7, count=1, size=4)
     media = never.remote()
-    sample = Sampled(group, 0, None, media, FlowSummary(0, 0), {}, 1, 0.0, 0)
-    monkeypatch.setattr("cluster.reward_actors.FETCH_SECONDS", 0.5)
-    scorer = RayScorer(recipe, str(tmp_path))
-    scorer.start()
-    with pytest.raises(RewardFailed, match=r"samples of step 7 did not arrive .* within 0.5 s"):
-        scorer.score([sample])
+    yield Sampled(group, 0, None, media, FlowSummary(0, 0), {}, 1, 0.0, 0)
     ray.cancel(media, force=True)
+
+
+@contextmanager
+def scoring(recipe: Recipe, log_dir: Path) -> Iterator[RayScorer]:
+    scorer = RayScorer(recipe, str(log_dir))
+    scorer.start()
+    yield scorer
     for served in scorer.training:
         for replica in served.replicas:
             ray.kill(replica)
+
+
+def test_samples_that_do_not_arrive_are_not_the_fault_of_a_prompt(
+    recipe: Recipe, missing: Sampled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cluster.reward_actors.FETCH_SECONDS", 0.5)
+    with (
+        scoring(recipe, tmp_path) as scorer,
+        pytest.raises(RewardFailed, match=r"samples of step 7 did not arrive .* within 0.5 s"),
+    ):
+        scorer.score([missing])
+
+
+def test_who_stops_does_not_wait_for_a_deadline(
+    digits_recipe: Callable[..., Recipe], missing: Sampled, tmp_path: Path
+):
+    patient = digits_recipe("rewards=[{kind: ink, deadline: 600}]", "evaluation.rewards=[]")
+    with scoring(patient, tmp_path) as scorer, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(scorer.score, [missing])
+        with pytest.raises(TimeoutError):
+            waiting.result(1)
+        scorer.cancel()
+        with pytest.raises(Cancelled):
+            waiting.result(20)
+        here = replace(missing, media=np.zeros((4, 1, 28, 28, 1), np.uint8))
+        assert len(scorer.score([here])) == 1
