@@ -195,7 +195,9 @@ class RayScorer:
         """
         config = call.served.config
         for attempt in range(config.retries + 1):
-            answered = wait([call.answer.future(), call.stop], config.deadline, FIRST_COMPLETED).done
+            answered = wait(
+                [call.answer.future(), call.stop], config.deadline, FIRST_COMPLETED
+            ).done
             if call.stop in answered:
                 ray.cancel(call.answer)
                 raise Cancelled("nobody waits for the scores any more")
