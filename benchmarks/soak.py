@@ -4,9 +4,10 @@
 
 The digits recipe as it ships, but for a small learning rate (thousands of steps at the shipped one leave
 groups of equal rewards, and nothing to train on), evaluations and checkpoints every 200 steps. Every ten
-seconds all processes below the run's: USS (pages that no other process shares), open files, threads; the
-raylet's bytes and objects in the object store; the driver's references. The last reading of the store is
-taken while the run ends by SIGINT, after its last step.
+seconds all processes below the run's: memory (pages that it wrote and no other process shares; pages of
+programs and libraries become its own, too, when another process of the machine lets go of them), open
+files, threads; the raylet's bytes and objects in the object store; the driver's references. The last
+reading of the store is taken while the run ends by SIGINT, after its last step.
 
 What is asked of a line, after the warm-up:
 
@@ -14,8 +15,9 @@ What is asked of a line, after the warm-up:
     grows    the slope's 95 % interval is above 0, and the slope makes more than 50 MiB in a day
     unclear  the interval holds 0, and reaches 1 GiB in a day: too little was seen
     flat     else
-    leaks    the least open files, threads, objects or references of the last sixth are above those of
-             the first sixth by more than 2 (they swing within a step; a leak lifts the floor)
+    leaks    the least open files, threads, objects or references of the last sixth, and their median,
+             are above those of the first sixth by more than 2 (they swing within a step: the floor moves
+             with the luck of a reading, the median with the mix of them; a leak lifts both)
 
 The samples are in runs/soak-....jsonl, the table beside them.
 """
@@ -28,6 +30,7 @@ import math
 import os
 import secrets
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -148,7 +151,7 @@ class Soak:
                     "kind": "process",
                     "pid": process.pid,
                     "name": "driver" if process == self.driver else called(process),
-                    "uss": process.memory_full_info().uss,
+                    "memory": sum(part.private_dirty for part in process.memory_maps()),
                     "files": process.num_fds(),
                     "threads": process.num_threads(),
                 }
@@ -255,9 +258,10 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
 
 
 def leaks(counts: Sequence[int]) -> bool:
-    """Whether the floor of the last sixth is above that of the first."""
+    """Whether floor and median of the last sixth are above those of the first."""
     part = max(len(counts) // 6, 1)
-    return min(counts[-part:]) - min(counts[:part]) > SPARE
+    first, last = counts[:part], counts[-part:]
+    return all(of(last) - of(first) > SPARE for of in (min, statistics.median))
 
 
 def by_process(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -319,7 +323,7 @@ def report(rows: Sequence[Row], warm_up: float) -> str:
         if sum(row["minute"] >= warm_up for row in own) < LEAST:
             brief += 1
             continue
-        lines.append(line(name, own, warm_up, "uss", ("files", "threads")))
+        lines.append(line(name, own, warm_up, "memory", ("files", "threads")))
     heads = ["process", *common, f"files, {triple}", f"threads, {triple}", "verdict"]
     text = table(heads, lines)
     stored = [row for row in rows if row["kind"] == "store"]

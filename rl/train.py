@@ -122,8 +122,7 @@ class Trainer:
         for number in range(self.step * parts, (self.step + 1) * parts):
             started = time.perf_counter()
             drawn.append(sets.take(number, self.schedule.overlap.until(number), self.weights))
-            taken = time.perf_counter()
-            scored = drawn[-1].scored
+            scored, taken = drawn[-1].scored, time.perf_counter()
             steps, found = optimiser_steps(
                 scored, self.schedule.weights, self.algorithm, self.step, 1 / parts
             )

@@ -44,14 +44,15 @@ def test_too_much_noise_is_not_called_flat():
     assert trend(MINUTES, 4e5 + 2e5 * noise(0, 0.9)).verdict == "unclear"
 
 
-def test_a_count_leaks_when_its_floor_rises_not_when_it_swings():
+def test_a_count_leaks_when_floor_and_median_rise_not_when_it_swings():
     assert not leaks([40, 41, 40, 60, 40, 40] * 10)
     assert not leaks([43, 43, 77, 43, 43] * 6 + [43, 77, 77, 77, 77] * 6)
+    assert not leaks([113, 75, 113, 113, 113] * 6 + [113, 82, 113, 113, 113] * 6)
     assert leaks([43 + 34 * (i % 3 > 0) + i // 12 for i in range(60)])
 
 
 def test_a_process_is_called_by_its_last_title_and_brief_ones_are_counted():
-    process = {"kind": "process", "uss": 2**20, "files": 3, "threads": 1}
+    process = {"kind": "process", "memory": 2**20, "files": 3, "threads": 1}
     rows = [
         process | {"pid": pid, "name": name, "minute": minute}
         for minute in range(30)
