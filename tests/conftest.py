@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from recipes.schema import Recipe
 from recipes.source import load
 from rollout.policies.adapters import LoraAdapter
+from rollout.policies.digits import TRANSFORMER, vocabulary
 from rollout.policies.wan import WanConfig
 from rollout.policies.wan_conditional import WanPolicy
 
@@ -34,6 +36,20 @@ def lora_policy() -> WanPolicy:
             if "lora_B" in name:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return policy
+
+
+@pytest.fixture(scope="session")
+def moving_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan of random weights with the shape and the words of the embedded video model."""
+    from diffusers import WanTransformer3DModel
+
+    directory = tmp_path_factory.mktemp("moving")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        WanTransformer3DModel(**TRANSFORMER).save_pretrained(directory / "transformer")
+    conditions = {"latent_shape": [1, 4, 8, 8], "vocabulary": vocabulary("moving-digits")}
+    (directory / "conditions.json").write_text(json.dumps(conditions))
+    return directory
 
 
 @pytest.fixture(scope="session")

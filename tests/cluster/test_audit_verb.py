@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from cluster.audit import audit, write
 from cluster.cli_audit import audit as verb
 from cluster.sample import Source, open_checkpoint
-from rollout.policies.digits import TRANSFORMER, ensure_base, training_digits, vocabulary
+from rollout.policies.digits import ensure_base, training_digits
 from rollout.policies.two_step import TwoStepPolicy
 from rollout.policies.wan import WanConfig
 from rollout.policies.wan_conditional import WanPolicy
@@ -35,20 +35,6 @@ def digits() -> Path:
 @pytest.fixture(scope="module")
 def source(digits: Path) -> Source:
     return open_checkpoint(digits)
-
-
-@pytest.fixture
-def moving_digits(tmp_path: Path) -> Path:
-    """A Wan of random weights with the shape and the words of the embedded video model."""
-    from diffusers import WanTransformer3DModel
-
-    directory = tmp_path / "moving"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        WanTransformer3DModel(**TRANSFORMER).save_pretrained(directory / "transformer")
-    conditions = {"latent_shape": [1, 4, 8, 8], "vocabulary": vocabulary("moving-digits")}
-    (directory / "conditions.json").write_text(json.dumps(conditions))
-    return directory
 
 
 def rectify_audit(*arguments: object) -> Result:

@@ -306,7 +306,7 @@ def test_shapes_are_those_of_the_checkpoint(recipe: Any):
     assert rows["what trains"].startswith(f"student {2 * 4 * 8 * 4 * (24 + 24):,}, heads ")
 
 
-@pytest.mark.parametrize("name", ["digits", "moving-digits"])
+@pytest.mark.parametrize("name", ["digits", pytest.param("moving-digits", marks=pytest.mark.slow)])
 def test_an_embedded_sample_is_the_model_s_own(name: str):
     policy = WanConfig(checkpoint=name).build()
     assert policy.config.latent() == policy.latent_shape

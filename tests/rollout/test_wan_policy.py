@@ -9,7 +9,8 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from rollout.policies.adapters import LoraAdapter, unmatched_targets
-from rollout.policies.digits import moving_digits, training_digits
+from rollout.policies.digits import moving_digits as moved
+from rollout.policies.digits import training_digits
 from rollout.policies.wan import WanConfig
 from rollout.policies.wan_conditional import WanPolicy
 
@@ -122,16 +123,15 @@ def test_a_prompt_outside_the_vocabulary_is_refused(base_policy: WanPolicy):
 
 def test_moving_digits_move_by_a_pixel_a_frame():
     images, _ = training_digits()
-    clips = moving_digits(images[:4], torch.arange(4).numpy())
+    clips = moved(images[:4], torch.arange(4).numpy())
     right = clips[1]
     assert (right[1] == images[1]).all()
     assert (right[2][:, 1:] == images[1][:, :-1]).all()
     assert (right[2][:, 0] == -1).all()
 
 
-@pytest.mark.slow
-def test_video_policy_draws_four_frames():
-    policy = WanConfig(checkpoint="moving-digits").build()
+def test_video_policy_draws_four_frames(moving_digits: Path):
+    policy = WanConfig(checkpoint=str(moving_digits)).build()
     assert policy.latent_shape == (1, 4, 8, 8)
     out = policy.velocity(
         torch.zeros(1, 1, 4, 8, 8), torch.ones(1), policy.encode(["a handwritten 3 moving left"])
