@@ -297,6 +297,8 @@ def _actor(config: RewardConfig, name: str, log: str) -> Any:
         name=name,
         max_restarts=-1,
         max_task_retries=config.retries,
+        # One at a time, and none waits behind another whose samples are late or not wanted any more.
+        allow_out_of_order_execution=True,
         runtime_env=runtime,
     )
     return options.remote(*arguments)

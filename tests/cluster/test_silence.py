@@ -142,16 +142,17 @@ def test_samples_that_do_not_arrive_are_not_the_fault_of_a_prompt(
         scorer.score([missing])
 
 
-def test_who_stops_does_not_wait_for_a_deadline(
+def test_late_samples_hold_up_no_others_and_who_stops_does_not_wait_for_them(
     digits_recipe: Callable[..., Recipe], missing: Sampled, tmp_path: Path
 ):
     patient = digits_recipe("rewards=[{kind: ink, deadline: 600}]", "evaluation.rewards=[]")
-    with scoring(patient, tmp_path) as scorer, ThreadPoolExecutor(1) as threads:
+    here = replace(missing, media=np.zeros((4, 1, 28, 28, 1), np.uint8))
+    with scoring(patient, tmp_path) as scorer, ThreadPoolExecutor(2) as threads:
         waiting = threads.submit(scorer.score, [missing])
         with pytest.raises(TimeoutError):
             waiting.result(1)
+        assert len(threads.submit(scorer.score, [here]).result(20)) == 1
         scorer.cancel()
         with pytest.raises(Cancelled):
             waiting.result(20)
-        here = replace(missing, media=np.zeros((4, 1, 28, 28, 1), np.uint8))
-        assert len(scorer.score([here])) == 1
+        assert len(threads.submit(scorer.score, [here]).result(20)) == 1
