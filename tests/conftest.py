@@ -39,17 +39,26 @@ def lora_policy() -> WanPolicy:
 
 
 @pytest.fixture(scope="session")
-def moving_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan of random weights with the shape and the words of the embedded video model."""
+def random_wan(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a Wan of random weights, of the embedded models' size, for a latent shape and words."""
     from diffusers import WanTransformer3DModel
 
-    directory = tmp_path_factory.mktemp("moving")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        WanTransformer3DModel(**TRANSFORMER).save_pretrained(directory / "transformer")
-    conditions = {"latent_shape": [1, 4, 8, 8], "vocabulary": vocabulary("moving-digits")}
-    (directory / "conditions.json").write_text(json.dumps(conditions))
-    return directory
+    def make(latent_shape: list[int], words: list[list[str]]) -> Path:
+        directory = tmp_path_factory.mktemp("wan")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            WanTransformer3DModel(**TRANSFORMER).save_pretrained(directory / "transformer")
+        conditions = {"latent_shape": latent_shape, "vocabulary": words}
+        (directory / "conditions.json").write_text(json.dumps(conditions))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moving_digits(random_wan: Callable[..., Path]) -> Path:
+    """Of the embedded video model's shape and words."""
+    return random_wan([1, 4, 8, 8], vocabulary("moving-digits"))
 
 
 @pytest.fixture(scope="session")

@@ -86,19 +86,9 @@ def sudoku(llada_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def video_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan of random weights for clips of three frames."""
-    from diffusers import WanTransformer3DModel
-
-    from rollout.policies.digits import TRANSFORMER
-
-    directory = tmp_path_factory.mktemp("wan")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        WanTransformer3DModel(**TRANSFORMER).save_pretrained(directory / "transformer")
-    conditions = {"latent_shape": [1, 3, 8, 8], "vocabulary": [["cat", "dog"], ["left", "right"]]}
-    (directory / "conditions.json").write_text(json.dumps(conditions))
-    return directory
+def video_policy(random_wan: Callable[..., Path]) -> Path:
+    """Of clips of three frames."""
+    return random_wan([1, 3, 8, 8], [["cat", "dog"], ["left", "right"]])
 
 
 def rectify_sample(*arguments: object) -> Result:
