@@ -4,10 +4,10 @@
 
 The digits recipe as it ships, but for a small learning rate (thousands of steps at the shipped one leave
 groups of equal rewards, and nothing to train on), evaluations and checkpoints every 200 steps. Every ten
-seconds all processes below the run's: memory (pages that it wrote and no other process shares; pages of
-programs and libraries become its own, too, when another process of the machine lets go of them), open
-files, threads; the raylet's bytes and objects in the object store; the driver's references. The last
-reading of the store is taken while the run ends by SIGINT, after its last step.
+seconds all processes below the run's: memory (pages that it wrote and no other process shares; USS also
+counts programs and libraries that nobody else has loaded just then), open files, threads; the raylet's
+bytes and objects in the object store; the driver's references. The last reading of the store is taken
+while the run ends by SIGINT, after its last step.
 
 What is asked of a line, after the warm-up:
 

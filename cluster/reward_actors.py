@@ -123,7 +123,7 @@ class RayScorer:
                 for call in row:
                     scores[reward_name(call.served.config)].append(self._receive(call, chunk))
         except Cancelled:
-            for row in calls:  # an actor would go through them before those of the next score
+            for row in calls:  # an actor would score them before those of the next set
                 for call in row:
                     ray.cancel(call.answer)
             raise
@@ -199,7 +199,6 @@ class RayScorer:
                 [call.answer.future(), call.stop], config.deadline, FIRST_COMPLETED
             ).done
             if call.stop in answered:
-                ray.cancel(call.answer)
                 raise Cancelled("nobody waits for the scores any more")
             try:
                 return ray.get(call.answer, timeout=config.deadline if answered else 0)

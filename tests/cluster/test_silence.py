@@ -108,15 +108,18 @@ def test_nobody_left_within_the_time_to_start_is_an_error(config: ClusterConfig)
 
 
 @pytest.fixture
-def missing(recipe: Recipe) -> Iterator[Sampled]:
-    """A group whose samples never arrive."""
+def missing(recipe: Recipe, tmp_path: Path) -> Iterator[Sampled]:
+    """A group whose samples arrive when there is a file ``sent``."""
+    sent = tmp_path / "sent"
 
     @ray.remote(num_cpus=0)
-    def never() -> None:
-        time.sleep(1000)
+    def late() -> np.ndarray:
+        while not sent.exists():
+            time.sleep(0.05)
+        return np.zeros((4, 1, 28, 28, 1), np.uint8)
 
     (group,) = groups_for(recipe.prompts.load(), seed=0, step=7, count=1, size=4)
-    media = never.remote()
+    media = late.remote()
     yield Sampled(group, 0, None, media, FlowSummary(0, 0), {}, 1, 0.0, 0)
     ray.cancel(media, force=True)
 
@@ -156,3 +159,8 @@ def test_late_samples_hold_up_no_others_and_who_stops_does_not_wait_for_them(
         with pytest.raises(Cancelled):
             waiting.result(20)
         assert len(threads.submit(scorer.score, [here]).result(20)) == 1
+        scorer.take_seconds()
+        (tmp_path / "sent").touch()
+        ray.get(missing.media)
+        time.sleep(2)  # an actor that still had the call would work on it now
+        assert scorer.take_seconds() == 0
